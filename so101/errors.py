@@ -1,0 +1,37 @@
+"""The errors a person can cause or meet, each with the exit code of the program that stops for it.
+
+A message says where, what was found, what is allowed and what to do next, in one or two sentences.
+Anything else that escapes a script is a bug and keeps its traceback.
+"""
+
+EXIT_DONE, EXIT_INTERRUPTED = 0, 130
+
+
+class UserError(Exception):
+    """Base of the errors that end a script with one sentence instead of a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A config, an override or a command line that cannot be used."""
+
+    exit_code = 2
+
+
+class HardwareError(UserError):
+    """A port, servo or camera that is missing or does not answer."""
+
+    exit_code = 3
+
+
+class DataError(UserError):
+    """Data that is damaged, would be overwritten, or was made under another schema."""
+
+    exit_code = 4
+
+
+class SafetyStop(UserError):
+    """The arm was stopped because going on could have hurt it or somebody."""
+
+    exit_code = 5
