@@ -1,0 +1,281 @@
+"""ServoBus: reads and writes registers of the servos on one serial line, and survives a bad line.
+
+Vendor code fails where lines are bad: late bytes leak into the next transaction, a reply's length goes
+unchecked, a servo that reports a condition counts as missing. None of that happens here.
+"""
+
+import difflib
+import functools
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple, Protocol
+
+from so101.errors import HardwareError
+from so101.robot import feetech
+from so101.robot.feetech import PACKET_OVERHEAD, REGISTERS
+
+BACKOFF = 0.002  # s before the first retry, longer each time: a late reply arrives and is purged
+MAX_RECEIVED = 1024  # bytes; the longest answer is 126, so more is a line that never falls silent
+
+
+class ServoError(HardwareError):
+    """A servo that does not answer validly, or a request that no servo could fulfil."""
+
+
+class Port(Protocol):
+    """What a bus needs of a serial port: pyserial's Serial and the simulated port both have it."""
+
+    @property
+    def in_waiting(self) -> int: ...
+    def write(self, data: bytes, /) -> int | None: ...
+    def read(self, size: int, /) -> bytes: ...
+    def reset_input_buffer(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@functools.cache
+def _span(first: str, last: str) -> tuple[int, int, list[tuple[str, int, int]]]:
+    """Address and size of the registers from first to last, and (name, start, end) of each in them."""
+    start = REGISTERS[first].address
+    size = REGISTERS[last].address + REGISTERS[last].size - start
+    inside = [
+        (name, entry.address - start, entry.address - start + entry.size)
+        for name, entry in REGISTERS.items()
+        if start <= entry.address and entry.address + entry.size <= start + size
+    ]
+    return start, size, inside
+
+
+class ServoBus:
+    """The servos on one port. Each transaction is tried 1 + `retries` times.
+
+    `port` needs a timeout of its own (20 ms is ample: a reply takes about 2). `names` ({4: "wrist_flex"})
+    make messages readable. `status` holds the error byte of each servo's last reply (see
+    feetech.STATUS_BITS), `faults` how often each kind of line fault was met.
+    """
+
+    def __init__(self, port: Port, retries: int = 3, names: Mapping[int, str] | None = None) -> None:
+        self.port, self.retries = port, retries
+        self.names = dict(names or {})
+        self.status: dict[int, int] = {}
+        self.faults: Counter[str] = Counter()
+
+    def ping(self, servo_id: int) -> int:
+        """The model number (777 for an STS3215) of a servo that answers; ServoError when it does not."""
+        request = feetech.instruction_packet(self._checked_id(servo_id), feetech.PING)
+        self._transact(request, [servo_id], 0, "PING")
+        return self.read(servo_id, "Model_Number")
+
+    def read(self, servo_id: int, register: str) -> int:
+        """The value of one register."""
+        entry = self._checked_register(register)
+        params = bytes((entry.address, entry.size))
+        request = feetech.instruction_packet(self._checked_id(servo_id), feetech.READ, params)
+        replies = self._transact(request, [servo_id], entry.size, f"READ {register}")
+        return feetech.decode_value(register, replies[servo_id])
+
+    def write(self, servo_id: int, register: str, value: int) -> None:
+        """Set one register, and wait for the servo's acknowledgement."""
+        self._write(feetech.WRITE, servo_id, register, value)
+
+    def reg_write(self, servo_id: int, register: str, value: int) -> None:
+        """As `write`, but the servo holds it back until `action`."""
+        self._write(feetech.REG_WRITE, servo_id, register, value)
+
+    def action(self) -> None:
+        """All servos do what `reg_write` gave them, at the same time. Not acknowledged."""
+        self._send(feetech.instruction_packet(feetech.BROADCAST_ID, feetech.ACTION), "ACTION")
+
+    def sync_read(self, register: str, ids: Sequence[int]) -> dict[int, int]:
+        """The same register of several servos in one transaction, by servo id."""
+        entry = self._checked_register(register)
+        replies = self._sync_read(entry.address, entry.size, ids, register)
+        return {servo_id: feetech.decode_value(register, data) for servo_id, data in replies.items()}
+
+    def sync_read_span(self, first: str, last: str, ids: Sequence[int]) -> dict[int, dict[str, int]]:
+        """All registers from `first` to `last` of several servos in one transaction.
+
+        Returns {servo id: {register name: value}}; addresses without a name are left out.
+        """
+        if self._checked_register(last).address < self._checked_register(first).address:
+            raise ServoError(f"sync_read_span: {last} lies before {first}")
+        address, size, inside = _span(first, last)
+        replies = self._sync_read(address, size, ids, f"{first} .. {last}")
+        return {
+            servo_id: {name: feetech.decode_value(name, data[start:end]) for name, start, end in inside}
+            for servo_id, data in replies.items()
+        }
+
+    def sync_write(self, register: str, values: Mapping[int, int]) -> None:
+        """Set the same register of several servos ({id: value}) in one packet. Not acknowledged."""
+        entry = self._checked_register(register, writing=True)
+        if not values:
+            raise ServoError(f"SYNC WRITE {register}: no servos given")
+        params = bytearray((entry.address, entry.size))
+        for servo_id, value in values.items():
+            params.append(self._checked_id(servo_id))
+            params += self._encode(servo_id, register, value)
+        request = feetech.instruction_packet(feetech.BROADCAST_ID, feetech.SYNC_WRITE, bytes(params))
+        self._send(request, f"SYNC WRITE {register}")
+
+    def write_eprom(self, servo_id: int, register: str, value: int) -> bool:
+        """Store a setting that outlasts the power, if it differs; returns whether it was written.
+
+        Writing switches the servo's torque off, so that a loaded joint falls. The value is read back;
+        ServoError when the servo does not keep it. A new ID holds at once.
+        """
+        if not self._checked_register(register, writing=True).eprom:
+            raise ServoError(f"{register}: not an EPROM register; use write")
+        data = self._encode(servo_id, register, value)
+        if self.read(servo_id, register) == value:
+            return False
+        self.write(servo_id, "Torque_Enable", 0)
+        self.write(servo_id, "Lock", 0)
+        answers_as = value if register == "ID" else servo_id
+        try:
+            if register == "ID":  # no document says whether the old or the new id acknowledges
+                params = bytes((REGISTERS["ID"].address,)) + data
+                self._send(feetech.instruction_packet(servo_id, feetech.WRITE, params), "WRITE ID")
+                time.sleep(BACKOFF)
+            else:
+                self.write(servo_id, register, value)
+            stored = self.read(answers_as, register)
+            if stored != value:
+                raise ServoError(
+                    f"{self._name(servo_id)}: {register} reads {stored} after {value} was written; "
+                    f"switch its power off and on, and try again"
+                )
+        except ServoError:
+            with suppress(ServoError):  # the first error is the one to tell
+                self.write(answers_as, "Lock", 1)
+            raise
+        self.write(answers_as, "Lock", 1)
+        return True
+
+    def close(self) -> None:
+        """Close the port. Torque stays as it is."""
+        self.port.close()
+
+    def _name(self, servo_id: int) -> str:
+        return f"servo {servo_id} ({self.names[servo_id]})" if servo_id in self.names else f"servo {servo_id}"
+
+    def _checked_id(self, servo_id: int) -> int:
+        if not 0 <= servo_id <= feetech.MAX_ID:
+            raise ServoError(f"servo id: got {servo_id}, must be 0 .. {feetech.MAX_ID}")
+        return servo_id
+
+    def _checked_register(self, register: str, writing: bool = False) -> feetech.Register:
+        if register not in REGISTERS:
+            near = difflib.get_close_matches(register, REGISTERS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ServoError(f"unknown register {register!r}{hint}")
+        if writing and REGISTERS[register].read_only:
+            raise ServoError(f"{register}: a servo's measurement or marking, it cannot be written")
+        return REGISTERS[register]
+
+    def _encode(self, servo_id: int, register: str, value: int) -> bytes:
+        try:
+            return feetech.encode_value(register, value)
+        except HardwareError as error:
+            raise ServoError(f"{self._name(servo_id)}: {error}") from None
+
+    def _write(self, instruction: int, servo_id: int, register: str, value: int) -> None:
+        entry = self._checked_register(register, writing=True)
+        params = bytes((entry.address,)) + self._encode(servo_id, register, value)
+        request = feetech.instruction_packet(self._checked_id(servo_id), instruction, params)
+        self._transact(request, [servo_id], 0, f"{feetech.INSTRUCTIONS[instruction]} {register}")
+
+    def _sync_read(self, address: int, size: int, ids: Sequence[int], what: str) -> dict[int, bytes]:
+        if not ids:
+            raise ServoError(f"SYNC READ {what}: no servos given")
+        params = bytes((address, size, *(self._checked_id(servo_id) for servo_id in ids)))
+        request = feetech.instruction_packet(feetech.BROADCAST_ID, feetech.SYNC_READ, params)
+        return self._transact(request, ids, size, f"SYNC READ {what}")
+
+    def _send(self, request: bytes, what: str) -> None:
+        """Purge what came too late for the last transaction, then write."""
+        try:
+            # Asked first: on a lost port this raises OSError, reset_input_buffer an error of its own.
+            if self.port.in_waiting:
+                self.port.reset_input_buffer()
+            self.port.write(request)
+        except OSError as error:
+            raise ServoError(f"{what}: the port failed ({error}); is its cable plugged in?") from error
+
+    def _transact(self, request: bytes, ids: Sequence[int], size: int, what: str) -> dict[int, bytes]:
+        """Send until every servo in `ids` has answered with `size` bytes of data; {id: data}."""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(BACKOFF * attempt)
+            self._send(request, what)
+            try:
+                received, answer = self._receive(request, ids, size)
+            except OSError as error:
+                raise ServoError(f"{what}: the port failed ({error}); is its cable plugged in?") from error
+            if received == request and request[4] == feetech.PING:
+                # A servo whose voltage bit is set answers a PING with the very bytes of the PING; an echo
+                # looks the same. The READ that follows decides, so that a status bit is not a missing servo.
+                return {ids[0]: b""}
+            silent = [servo_id for servo_id in ids if servo_id not in answer.replies]
+            if answer.stray is not None:
+                kind, why = "unexpected", answer.stray
+            elif silent:
+                kind, why = feetech.explain_no_status(answer.leftover)
+            else:
+                if answer.leftover:
+                    self.faults["noise"] += 1
+                return answer.replies
+            self.faults[kind] += 1
+        # What came may still be our own echo.
+        hint = "; check its power and the cable that leads to it" if kind == "no reply" else ""
+        raise ServoError(
+            f"{', '.join(self._name(servo_id) for servo_id in silent or ids)}: no valid reply to {what} "
+            f"in {self.retries + 1} attempts: {why}: {received.hex(' ') or 'no bytes came'}{hint}"
+        )
+
+    def _receive(self, request: bytes, ids: Sequence[int], size: int) -> tuple[bytes, "_Answer"]:
+        """Read until all in `ids` have answered or the port times out."""
+        received, answer = b"", _Answer({}, None, b"", 0)
+        wanted = len(ids) * (PACKET_OVERHEAD + size)
+        while len(received) < MAX_RECEIVED:
+            chunk = self.port.read(wanted)
+            received += chunk
+            answer = self._match(received, request, ids, size)
+            missing = len(ids) - len(answer.replies)
+            if not missing or len(chunk) < wanted:
+                break
+            wanted = max(1, missing * (PACKET_OVERHEAD + size) - answer.unread)
+        if len(answer.replies) == len(ids) and (surplus := self.port.in_waiting):
+            # A late reply came first, so all that follows is one reply behind.
+            received += self.port.read(surplus)
+            answer = answer._replace(stray=f"{surplus} bytes more than the whole answer")
+        return received, answer
+
+    def _match(self, received: bytes, request: bytes, ids: Sequence[int], size: int) -> "_Answer":
+        """Take the replies out of `received`: servos answer in the order of `ids`, or not at all."""
+        replies: dict[int, bytes] = {}
+        stray, leftover, expected = None, b"", list(ids)
+        echo = received.find(request)  # an adapter on one data wire hears itself
+        start = echo + len(request) if echo >= 0 else 0
+        while True:
+            packet, end = feetech.find_status(received, start)
+            if packet is None:
+                break
+            leftover += received[start : end - PACKET_OVERHEAD - len(packet.params)]
+            start = end
+            if packet.servo_id in expected and len(packet.params) == size:
+                del expected[: expected.index(packet.servo_id) + 1]
+                replies[packet.servo_id] = packet.params
+                self.status[packet.servo_id] = packet.code
+            else:
+                stray = f"servo {packet.servo_id} sent {len(packet.params)} bytes of data, not asked for now"
+        return _Answer(replies, stray, leftover + received[start:], len(received) - start)
+
+
+class _Answer(NamedTuple):
+    replies: dict[int, bytes]  # by servo id
+    stray: str | None  # what was received that belongs to another transaction
+    leftover: bytes  # outside valid packets: noise, or a damaged reply
+    unread: int  # of these, bytes behind the last valid packet: the next one may have begun
