@@ -1,0 +1,200 @@
+"""How a v3.0 dataset looks on disk: its paths, its columns, its tables as LeRobot reads them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from so101.data.video import CODECS, DEFAULT_CODEC, PIXEL_FORMAT, check_size
+from so101.errors import DataError
+from so101.schema import ACTION, STATE
+
+VERSION = "v3.0"
+CHUNK_FILES = 1000  # files in one chunk folder
+IMAGES = "observation.images."
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+CLOSING_PATH = "closing/episode_{episode_index:06d}.npz"
+
+# What a row holds, as stored: type, and the names of its entries where it is a vector.
+COLUMNS: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "observation.state": ("float32", STATE),
+    "action": ("float32", ACTION),
+    "next.reward": ("float32", None),
+    "next.done": ("bool", None),
+    "next.truncated": ("bool", None),
+    "complementary_info.is_intervention": ("bool", None),
+    "capture_time": ("float64", None),
+}
+PLACE = {
+    "timestamp": "float32",
+    **dict.fromkeys(["frame_index", "episode_index", "index", "task_index"], "int64"),
+}
+
+
+def new_info(
+    fps: float, cameras: Mapping[str, tuple[int, int]], schema: dict[str, Any], robot_type: str
+) -> dict[str, Any]:
+    """info.json of an empty dataset; `cameras` are name -> (height, width).
+
+    Raises DataError for a camera whose name or size cannot be used.
+    """
+    features = {name: _feature(dtype, len(names or "1"), names) for name, (dtype, names) in COLUMNS.items()}
+    fps = int(fps) if fps == int(fps) else fps
+    for camera, (height, width) in cameras.items():
+        check_size(height, width, f"camera {camera}")
+        if "/" in camera or not camera:
+            raise DataError(f"camera name {camera!r}: must not be empty or contain '/'")
+        video = {"video.height": height, "video.width": width, "video.codec": CODECS[DEFAULT_CODEC][0]}
+        video |= {"video.pix_fmt": PIXEL_FORMAT, "video.is_depth_map": False, "video.fps": fps}
+        video |= {"video.channels": 3, "has_audio": False}
+        names = ["height", "width", "channels"]
+        features[IMAGES + camera] = {
+            "dtype": "video",
+            "shape": [height, width, 3],
+            "names": names,
+            "info": video,
+        }
+    features |= {name: _feature(dtype, 1, None) for name, dtype in PLACE.items()}
+    return {
+        "codebase_version": VERSION,
+        "robot_type": robot_type,
+        "total_episodes": 0,
+        "total_frames": 0,
+        "total_tasks": 0,
+        "chunks_size": CHUNK_FILES,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": fps,
+        "splits": {"train": "0:0"},
+        "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH,
+        "closing_path": CLOSING_PATH,
+        "features": features,
+        "so101": schema,
+    }
+
+
+def _feature(dtype: str, size: int, names: tuple[str, ...] | None) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [size], "names": list(names) if names else None}
+
+
+def data_table(columns: dict[str, np.ndarray]) -> pa.Table:
+    """The rows as LeRobot stores them, with its description ("Sequence", which every version of it reads)."""
+    arrays, described = [], {}
+    for name, values in columns.items():
+        kind = {"dtype": str(values.dtype), "_type": "Value"}
+        array = pa.array(values.ravel())
+        if values.ndim == 2:
+            width = values.shape[1]
+            array = pa.FixedSizeListArray.from_arrays(array, type=pa.list_(pa.field("element", array.type), width))
+            described[name] = {"feature": kind, "length": width, "_type": "Sequence"}
+        else:
+            described[name] = kind
+        arrays.append(array)
+    metadata = {"huggingface": json.dumps({"info": {"features": described}})}
+    return pa.table(arrays, names=list(columns)).replace_schema_metadata(metadata)
+
+
+def tasks_parquet(tasks: list[str]) -> bytes:
+    """task_index by task, as pandas would write it: LeRobot looks tasks up in the index of this table."""
+    columns = [
+        {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": stored, "metadata": None}
+        for name, kind, stored in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
+    ]
+    labels = {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object"}
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [{**labels, "metadata": {"encoding": "UTF-8"}}],
+        "columns": columns,
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.2.0",
+    }
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": tasks})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def places(row: dict[str, Any]) -> list[str]:
+    """The files of a saved episode, relative to the dataset."""
+    index = row["episode_index"]
+    videos = [name.split("/")[1] for name in row if name.startswith("videos/") and name.endswith("/file_index")]
+    return [
+        DATA_PATH.format(**address(row, "data/")),
+        *(VIDEO_PATH.format(video_key=key, **address(row, f"videos/{key}/")) for key in videos),
+        CLOSING_PATH.format(episode_index=index),
+        EPISODES_PATH.format(**address(row, "meta/episodes/")),
+    ]
+
+
+def place_of(episode: int) -> dict[str, int]:
+    """Chunk and file number of an episode that has its files to itself."""
+    return {"chunk_index": episode // CHUNK_FILES, "file_index": episode % CHUNK_FILES}
+
+
+def address(row: dict[str, Any], prefix: str) -> dict[str, int]:
+    """Chunk and file number that a row of meta/episodes gives for its data or one of its videos."""
+    try:
+        return {name: row[prefix + name] for name in ("chunk_index", "file_index")}
+    except KeyError as error:
+        raise DataError(f"meta/episodes: episode {row.get('episode_index')} has no {error}") from None
+
+
+def video_keys(features: dict[str, Any]) -> list[str]:
+    """The features that are videos."""
+    return [key for key, feature in features.items() if feature["dtype"] == "video"]
+
+
+def camera_of(video_key: str) -> str:
+    """A video feature's camera: observation.images.side -> side."""
+    return video_key.removeprefix(IMAGES)
+
+
+def image_size(feature: dict[str, Any]) -> tuple[int, int]:
+    """Height and width; HIL-SERL recordings made elsewhere put the channels first."""
+    height, width = feature["shape"][1:] if feature["shape"][0] == 3 else feature["shape"][:2]
+    return height, width
+
+
+def parquet_file(path: Path) -> pq.ParquetFile:
+    """Open a parquet file; use it in a `with`. Raises DataError where it is missing or damaged."""
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, though an episode is recorded in it; put it back") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file: {error}") from error
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a parquet file. Raises DataError where it is missing or damaged."""
+    with parquet_file(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a parquet file, or some of its columns. Raises DataError where it is missing or damaged."""
+    with parquet_file(path) as file:
+        try:
+            return file.read(columns)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: not a readable parquet file: {error}") from error
+
+
+def to_numpy(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """(T,) of scalars, or (T, d) of lists; a list of one is a scalar, as some recorders write rewards."""
+    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        return column.to_numpy()
+    widths = set(pc.list_value_length(column).to_pylist())
+    if len(widths) != 1 or None in widths:
+        raise DataError(f"{where}: rows of different lengths: {sorted(widths, key=str)}")
+    rows = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return rows[:, 0] if rows.shape[1] == 1 else rows

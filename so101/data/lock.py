@@ -1,0 +1,52 @@
+"""One writer to a folder: a lock that the operating system lets go of when its holder dies."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import IO
+
+from so101.errors import DataError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+BYTE = 1 << 30  # Windows locks a byte, and nobody may read it then: one far behind the holder's name
+
+
+class FolderLock:
+    """Holds `<folder>/.lock` until `release`; its text names the holder.
+
+    Raises DataError, naming the other's process id and host, while somebody else holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / ".lock"
+        self._file: IO[str] = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held open: that is the lock
+        try:
+            _lock(self._file)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise DataError(f"{folder}: {holder} is writing to it; stop that first, or use another folder") from error
+        self._file.truncate(0)
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let the next writer in. The file stays: removing it would let two writers in at once."""
+        if not self._file.closed:
+            self._file.truncate(0)
+            self._file.close()
+
+
+def _lock(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        file.seek(BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

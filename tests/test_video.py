@@ -1,0 +1,149 @@
+"""Video files: every frame, in order, at its exact time; errors reach whoever adds frames."""
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from so101.data.video import CODECS, VideoWriter, av, count_frames, read_frames
+from so101.errors import DataError, UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def flat(value: int, height: int = 32, width: int = 48) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def write(path: Path, frames: list[np.ndarray], fps: float = 10, codec: str = "libx264") -> Path:
+    writer = VideoWriter(path, fps, *frames[0].shape[:2], codec)
+    for frame in frames:
+        writer.add(frame)
+    writer.close()
+    return path
+
+
+def test_cv2_is_imported_before_av() -> None:
+    code = "import sys, so101.data.video; m = list(sys.modules); print(m.index('cv2') < m.index('av'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_picture_survives_encoding_upright_and_in_rgb(tmp_path: Path, codec: str) -> None:
+    picture = np.full((64, 96, 3), 128, np.uint8)
+    picture[:32, :48] = (220, 30, 30)  # red, top left
+    picture[32:, 48:] = (30, 30, 220)  # blue, bottom right
+    decoded = list(read_frames(write(tmp_path / "a.mp4", [picture] * 6, codec=codec)))
+    assert [frame.shape for frame in decoded] == [(64, 96, 3)] * 6
+    for frame in decoded:
+        assert frame.dtype == np.uint8
+        assert np.abs(frame[8, 8].astype(int) - (220, 30, 30)).max() <= 6
+        assert np.abs(frame[-8, -8].astype(int) - (30, 30, 220)).max() <= 6
+        assert np.abs(frame.astype(int) - picture).mean() < 3
+
+
+@pytest.mark.parametrize("fps", [10, 30, 12.5])
+def test_frame_i_is_shown_at_exactly_i_over_fps(tmp_path: Path, fps: float) -> None:
+    path = write(tmp_path / "a.mp4", [flat(5 * i) for i in range(9)], fps)
+    with av.open(str(path)) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+        stream = container.streams.video[0]
+        assert stream.pix_fmt == "yuv420p"
+        times = [frame.pts * frame.time_base for frame in container.decode(stream)]
+    assert times == [i / Fraction(fps) for i in range(9)]
+
+
+def test_every_second_frame_is_a_key_frame(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", [flat(20 * i) for i in range(7)])
+    with av.open(str(path)) as container:
+        keys = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
+    assert keys == [True, False, True, False, True, False, True]
+
+
+def test_a_fast_caller_loses_no_frame_and_may_reuse_its_memory(tmp_path: Path) -> None:
+    """More frames than the queue holds, all from one array, as a camera driver hands them out."""
+    writer = VideoWriter(tmp_path / "a.mp4", 10, 240, 320)
+    frame = flat(0, 240, 320)
+    for i in range(120):
+        frame[:] = 2 * i
+        writer.add(frame)
+    frame[:] = 255
+    writer.close()
+    levels = [decoded.mean() for decoded in read_frames(tmp_path / "a.mp4")]
+    assert len(levels) == count_frames(tmp_path / "a.mp4") == 120
+    assert np.abs(np.array(levels) - 2 * np.arange(120)).max() < 2.5
+    assert [round(f.mean() / 2) for f in read_frames(tmp_path / "a.mp4", start=60)][:2] == [60, 61]
+
+
+def test_the_wrong_frame_is_refused(tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", 10, 32, 48)
+    with pytest.raises(DataError, match=r"float64 \(32, 48, 3\)"):  # 0..1 pictures once made black videos
+        writer.add(flat(1) / 255)
+    with pytest.raises(DataError, match=r"\(48, 32, 3\)"):
+        writer.add(flat(1, 48, 32))
+    writer.abort()
+    with pytest.raises(DataError, match="must be even"):
+        VideoWriter(tmp_path / "b.mp4", 10, 33, 48)
+    with pytest.raises(DataError, match="libx264, libsvtav1, mpeg4"):
+        VideoWriter(tmp_path / "b.mp4", 10, 32, 48, "hevc")
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot start"):
+        VideoWriter(tmp_path / "none" / "a.mp4", 10, 32, 48)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files as POSIX does")
+def test_a_full_disk_reaches_the_caller_and_never_hangs_it(tmp_path: Path) -> None:
+    import resource
+
+    noise = np.random.default_rng(0).integers(0, 255, (200, 128, 128, 3), np.uint8)
+    writer = VideoWriter(tmp_path / "a.mp4", 10, 128, 128)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"a\.mp4: could not be written: .*File too large"):
+            for frame in noise:  # many more than the queue holds
+                writer.add(frame)
+            writer.close()
+        with pytest.raises(UserError, match="File too large"):
+            writer.add(noise[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.abort()
+    with pytest.raises(UserError, match="cannot start a libx264 video"):
+        VideoWriter(Path("/dev/full"), 10, 32, 48)
+
+
+def test_a_file_that_lost_its_end_is_found_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", [flat(i) for i in range(20)])
+    path.write_bytes(path.read_bytes()[:-200])
+    for read in (count_frames, lambda path: list(read_frames(path))):
+        with pytest.raises(DataError, match=r"a\.mp4: not a readable video"):
+            read(path)
+        with pytest.raises(DataError, match=r"gone\.mp4: not a readable video"):
+            read(tmp_path / "gone.mp4")
+
+
+def test_close_counts_what_is_in_the_file(tmp_path: Path) -> None:
+    """Another program truncates the file under the encoder: close must not call it finished."""
+    noise = np.random.default_rng(0).integers(0, 255, (60, 128, 128, 3), np.uint8)
+    writer = VideoWriter(tmp_path / "a.mp4", 10, 128, 128)
+    for frame in noise:
+        writer.add(frame)
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(DataError, match=r"a\.mp4"):
+        writer.close()
+
+
+def test_abort_frees_the_encoder_with_frames_waiting(tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", 10, 240, 320)
+    for i in range(30):
+        writer.add(flat(i, 240, 320))
+    writer.abort()
+    assert not writer._thread.is_alive()
