@@ -1,0 +1,266 @@
+"""The control step and the reset: what happens, in which order, between an action and its observation.
+
+One plain class instead of a stack of wrappers, because the order is the point: person, clip, target,
+leash, box, IK, limits, write, wait, read, safety, reward (DESIGN.md, section 5).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from so101.config import option
+from so101.errors import ConfigError
+from so101.images import preprocess
+from so101.robot import safety
+from so101.robot.arm import Arm
+from so101.robot.kinematics import forward, rpy, solve_ik
+from so101.robot.teleop import FAILURE, PLACE_CUBE, SUCCESS, TIME_OUT, Teleop
+from so101.schema import Preprocess, RewardSpec
+from so101.timing import Clock, Rate
+
+TIP_BELOW_TOOL = 0.0063  # m; the fingertips of a vertical gripper reach this far below the tool point
+IK_TOLERANCE = 1e-3  # m; a target missed by more than this is out of reach
+HOME_SEED = np.array([0.0, 0.156, -0.161, 1.571, np.pi / 2])  # rad; straight down over [0.25, 0, 0.07]
+
+
+@dataclass
+class EnvConfig:
+    """The task's geometry and timing; recording, training and evaluation must share it."""
+
+    fps: float = option(10.0, "control steps per second")
+    control_time_s: float = option(10.0, "seconds after which an episode is truncated")
+    action_scale: float = option(0.02, "metres that a full action moves the target, per axis and step")
+    gripper_step: float = option(0.5, "opening that a full gripper action adds per step")
+    gripper_range: list[float] = option([0.05, 0.5], "smallest and largest opening commanded, 0 closed .. 1 open")
+    leash: float = option(0.05, "metres that the target may be ahead of the measured tool")
+    workspace_low: list[float] = option([0.10, -0.15, -0.02], "lower corner of the target's box, x y z in metres")
+    workspace_high: list[float] = option([0.35, 0.15, 0.25], "upper corner of the target's box, x y z in metres")
+    table_z: float = option(0.0, "height of the table in metres; the fingertips' target stays above it")
+    home: list[float] = option([0.25, 0.0, 0.07], "tool position at the start of an episode, x y z in metres")
+    random_ee_reset: bool = option(True, "add a random offset to home at each reset")
+    random_ee_range_xy: float = option(0.01, "largest offset of home in x and y, metres")
+    random_ee_range_z: float = option(0.01, "largest offset of home in z, metres")
+    reset_time_s: float = option(2.0, "seconds given to place the object during a reset")
+    max_joint_step: float = option(0.4, "largest joint motion commanded in one step, rad (the servo can do 0.45)")
+    locked_joints: list[str] = option([], "joints held where they stand after the reset, by name")
+
+    def __post_init__(self) -> None:
+        low, high = self.workspace_low, self.workspace_high
+        if len(low) != 3 or len(high) != 3 or any(a >= b for a, b in zip(low, high, strict=True)):
+            raise ConfigError(f"workspace: got {low} .. {high}, needs x y z with each lower below its upper")
+        if len(self.home) != 3 or any(not a <= x <= b for a, x, b in zip(low, self.home, high, strict=True)):
+            raise ConfigError(f"home: got {self.home}, must lie inside the workspace {low} .. {high}")
+        if len(self.gripper_range) != 2 or not 0 <= self.gripper_range[0] < self.gripper_range[1] <= 1:
+            raise ConfigError(f"gripper_range: got {self.gripper_range}, needs two rising openings within 0 .. 1")
+
+    @property
+    def max_steps(self) -> int:
+        """Steps of an episode that nothing ends earlier."""
+        return round(self.control_time_s * self.fps)
+
+
+class Observation(NamedTuple):
+    """Servos and newest frames, read together at the end of a tick."""
+
+    state: np.ndarray  # (18,) float32, schema.STATE
+    frames: dict[str, np.ndarray]  # per camera (H, W, 3) uint8 RGB at native resolution, for recording
+    images: np.ndarray  # (cameras, S, S, 3) uint8 RGB, preprocessed, for the networks
+    time: float  # s on the rig's clock
+
+
+class Step(NamedTuple):
+    """What one control step did and led to."""
+
+    observation: Observation
+    action: np.ndarray  # (4,) float32, the clipped command, whoever gave it
+    by_human: bool
+    reward: float
+    success: bool
+    terminated: bool  # success or failure: no value beyond
+    truncated: bool  # time ran out: bootstrap as usual
+    events: frozenset[str]  # the person's keys
+    lag: float  # m between the target and the measured tool
+    late: float  # s that the tick overran
+
+
+class Camera(Protocol):
+    """What the environment needs of a camera."""
+
+    def latest(self) -> tuple[np.ndarray, float]:
+        """Newest frame (H, W, 3) uint8 RGB and its time on the clock."""
+
+
+class Detector(Protocol):
+    """Something that sees success: the learned classifier with its vote, say."""
+
+    def reset(self) -> None:
+        """An episode begins."""
+
+    def update(self, observation: Observation) -> bool:
+        """True when the task has succeeded at this observation."""
+
+
+class Env:
+    """One arm, its cameras and its person, at a fixed rate."""
+
+    def __init__(
+        self,
+        config: EnvConfig,
+        arm: Arm,
+        cameras: Mapping[str, Camera],
+        teleop: Teleop,
+        clock: Clock,
+        rng: np.random.Generator,
+        *,
+        preprocess: Preprocess,
+        reward: RewardSpec,
+        detector: Detector | None = None,
+        success_ends: bool = True,
+        limits: safety.SafetyConfig,
+    ) -> None:
+        """`success_ends` False lets a recording go on after success; `detector` None leaves it to the keys."""
+        self.config, self.arm, self.cameras, self.teleop = config, arm, cameras, teleop
+        self.clock, self.rng = clock, rng
+        self.preprocess, self.reward, self.detector, self.limits = preprocess, reward, detector, limits
+        self.success_ends = success_ends
+        self.rate = Rate(clock, 1 / config.fps)
+        self._low = np.array(config.workspace_low)
+        self._low[2] = max(self._low[2], config.table_z + TIP_BELOW_TOOL)
+        self._high = np.array(config.workspace_high)
+        self.target = np.array(config.home)  # (3,) m, where the tool is commanded to be
+        self.opening = config.gripper_range[1]  # commanded
+        self.joints = HOME_SEED  # (5,) rad, commanded
+        self._tool = self.target  # (3,) m, measured
+        self._position = np.zeros(6)  # measured
+        self._time: float | None = None  # of that measurement; None at the start of an episode
+        self._steps = 0
+
+    def reset(self, person_drives: bool = False) -> tuple[Observation, frozenset[str]]:
+        """Lift, go home, wait while the object is placed; return the first observation.
+
+        The second value holds the keys pressed meanwhile: a verdict there corrects the episode just ended.
+        """
+        self.teleop.hand_back()
+        home = np.array(self.config.home)
+        if self.config.random_ee_reset:
+            reach = np.array([self.config.random_ee_range_xy] * 2 + [self.config.random_ee_range_z])
+            home = np.clip(home + self.rng.uniform(-reach, reach), self._low, self._high)
+        safety.lift(self.arm, self.clock, self.teleop.follow)
+        self._go_home(home)
+        self.teleop.hear(PLACE_CUBE)
+        self.clock.sleep_until(self.clock.now() + self.config.reset_time_s)
+        events = frozenset(self.teleop.keys.poll())
+        self.rate.restart()
+        self._steps, self._time = 0, None
+        if self.detector is not None:
+            self.detector.reset()
+        observation = self._observe()
+        if person_drives:
+            self.teleop.take_over(self.target, self.opening, self.config.gripper_range)
+        return observation, events
+
+    def step(self, action: np.ndarray) -> Step:
+        """Carry out one action (4,), or the person's instead of it, and return what came of it.
+
+        Raises SafetyStop or HardwareError when the arm or a camera fails; the step is then not a transition.
+        """
+        human = self.teleop.poll(self.target, self.opening, self.config.gripper_range, self._to_action)
+        by_human = human.action is not None
+        action = np.clip(action if human.action is None else human.action, -1, 1).astype(np.float32)
+        self._move_target(action)
+        self._command(self._limit(self._solve()))
+        late = self.rate.wait()
+        observation = self._observe()
+        self.teleop.follow(self._position)
+        success, failure = self._verdict(human.events, observation)
+        self._steps += 1
+        terminated = (success and self.success_ends) or failure
+        truncated = not terminated and self._steps >= self.config.max_steps
+        for ended, cue in ((success, SUCCESS), (failure, FAILURE), (truncated, TIME_OUT)):
+            if ended and (terminated or truncated):
+                self.teleop.hear(cue)
+        lag = float(np.linalg.norm(self.target - self._tool))
+        reward = self.reward.of(success)
+        return Step(observation, action, by_human, reward, success, terminated, truncated, human.events, lag, late)
+
+    def _to_action(self, displacement: np.ndarray, opening: float) -> np.ndarray:
+        """The action (4,), clipped, that moves the target by (3,) m and the gripper by an opening."""
+        scaled = np.append(displacement / self.config.action_scale, opening / self.config.gripper_step)
+        return np.clip(scaled, -1, 1).astype(np.float32)
+
+    def _move_target(self, action: np.ndarray) -> None:
+        """Integrate the action, then hold the target to the leash and inside the box."""
+        self.target = self.target + self.config.action_scale * action[:3]
+        ahead = self.target - self._tool
+        distance = float(np.linalg.norm(ahead))
+        if distance > self.config.leash:
+            self.target = self._tool + ahead * self.config.leash / distance
+        self.target = np.clip(self.target, self._low, self._high)
+        low, high = self.config.gripper_range
+        self.opening = float(np.clip(self.opening + self.config.gripper_step * float(action[3]), low, high))
+
+    def _solve(self) -> np.ndarray:
+        """Joint angles (5,) for the target, from the present command."""
+        low, high = self.arm.limits
+        return solve_ik(self.target, self.joints, low=low[:5], high=high[:5], locked=self.config.locked_joints)
+
+    def _limit(self, joints: np.ndarray) -> np.ndarray:
+        """Scale the whole joint step back to the largest allowed one, so that the path does not bend.
+
+        Where the target was out of reach, it comes back to what is commanded instead of winding up.
+        """
+        step = joints - self.joints
+        step *= min(1.0, self.config.max_joint_step / max(float(np.abs(step).max()), 1e-9))
+        joints = self.joints + step
+        reached, _ = forward(joints)
+        if np.linalg.norm(reached - self.target) > IK_TOLERANCE:
+            self.target = reached
+        return joints
+
+    def _command(self, joints: np.ndarray) -> None:
+        self.arm.command(np.append(joints, self.opening))
+        self.joints = joints
+
+    def _observe(self) -> Observation:
+        """Read all servos once and take each camera's newest frame."""
+        reading = self.arm.read()
+        now = self.clock.now()
+        safety.check(reading, self.limits)
+        position = reading.position
+        velocity = np.zeros(6) if self._time is None else (position - self._position) / (now - self._time)
+        self._position, self._time = position, now
+        self._tool, rotation = forward(position)
+        state = np.concatenate([position, velocity, self._tool, rpy(rotation)]).astype(np.float32)
+        frames = {name: camera.latest()[0] for name, camera in self.cameras.items()}
+        images = np.stack([preprocess(frame, self.preprocess) for frame in frames.values()])
+        return Observation(state, frames, images, now)
+
+    def _verdict(self, events: frozenset[str], observation: Observation) -> tuple[bool, bool]:
+        """(success, failure); the person's key overrules the detector both ways."""
+        detected = self.detector is not None and self.detector.update(observation)
+        failure = "failure" in events
+        return (detected or "success" in events) and not failure, failure
+
+    def _go_home(self, home: np.ndarray) -> None:
+        """Ease to `home` (3,) straight down with the gripper open, then correct the sag of the servos.
+
+        A P-controlled arm hangs 1-2 cm low; the target is moved until the measured tool is at home, and
+        stays there, so that a zero action holds the arm where it is.
+        """
+        low, high = self.arm.limits
+        self.opening = self.config.gripper_range[1]
+        self.target = home
+        self.joints = solve_ik(home, HOME_SEED, low=low[:5], high=high[:5], max_iterations=50)
+        safety.ease_to(self.arm, self.clock, np.append(self.joints, self.opening), self.teleop.follow)
+        for _ in range(20):
+            self.clock.sleep_until(self.clock.now() + 1 / self.config.fps)
+            position = self.arm.read().position
+            self.teleop.follow(position)
+            self._tool, _ = forward(position)
+            error = home - self._tool
+            if np.linalg.norm(error) < 1e-3:
+                return
+            self.target = np.clip(self.target + 0.5 * error, home - self.config.leash, home + self.config.leash)
+            self._command(solve_ik(self.target, self.joints, low=low[:5], high=high[:5]))

@@ -1,0 +1,195 @@
+"""One arm, its leader, cameras and person, real or simulated. The only file that knows which."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import serial
+
+from so101.config import option
+from so101.env import Camera as AnyCamera
+from so101.env import Detector, Env, EnvConfig, Observation
+from so101.errors import ConfigError, HardwareError
+from so101.robot import safety
+from so101.robot.arm import Arm
+from so101.robot.bus import ServoBus
+from so101.robot.calibration import load_calibration
+from so101.robot.camera import Camera, CameraConfig
+from so101.robot.kinematics import jaw_angle
+from so101.robot.safety import SafetyConfig
+from so101.robot.teleop import Leader, Teleop, TerminalKeys
+from so101.schema import JOINTS, Preprocess, RewardSpec
+from so101.sim.camera import CameraConfig as SimCameraConfig
+from so101.sim.camera import Scene, SimCamera
+from so101.sim.operator import Operator, OperatorConfig
+from so101.sim.servos import SIM_CALIBRATION, SimPort, SimServos
+from so101.sim.world import World, WorldConfig
+from so101.timing import Clock, SimClock
+
+BAUD = 1_000_000
+REPLY_TIMEOUT_S = 0.05  # six servos answer in 1.4 ms; USB adapters add up to 16
+
+
+@dataclass
+class ArmConfig:
+    """One arm on its serial port."""
+
+    port: str = option("sim", "serial port (best a path under /dev/serial/by-id), or sim")
+    calibration: str | None = option(None, "calibration JSON, ours or LeRobot's; the simulated arm has its own")
+    rest: list[float] = option(
+        [0.0, -1.80, 1.66, 0.73, 1.571, 0.05], "pose in which torque is released: five joints in rad, opening"
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.rest) != len(JOINTS):
+            raise ConfigError(f"rest: got {len(self.rest)} values, needs one for each of {', '.join(JOINTS)}")
+
+
+@dataclass
+class RigConfig:
+    """The hardware of one workplace, or its simulation."""
+
+    follower: ArmConfig = option(ArmConfig(), "the arm that acts")
+    leader: ArmConfig | None = option(ArmConfig(), "the arm in the person's hand; null for keys only")
+    cameras: dict[str, CameraConfig] = option({"wrist": CameraConfig(source="sim")}, "cameras by name")
+    safety: SafetyConfig = option(SafetyConfig(), "what the watchdog tolerates")
+    world: WorldConfig = option(WorldConfig(), "the simulated world")
+    sim_camera: SimCameraConfig = option(SimCameraConfig(), "the simulated camera")
+    operator: OperatorConfig = option(OperatorConfig(), "the simulated person")
+    pace: float | None = option(None, "simulated seconds per real one; null: as fast as it goes")
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the arm that acts is a simulated one."""
+        return self.follower.port == "sim"
+
+    def __post_init__(self) -> None:
+        parts = {"leader": self.leader.port} if self.leader is not None else {}
+        parts |= {f"cameras.{name}": camera.source for name, camera in self.cameras.items()}
+        mixed = [name for name, source in parts.items() if (source == "sim") != self.simulated]
+        if mixed:
+            raise ConfigError(f"{', '.join(mixed)}: follower.port is {self.follower.port!r}; all are sim, or none is")
+        if not self.cameras:
+            raise ConfigError("cameras: got none, the policy needs at least one")
+
+
+VERDICT_TICKS = 3  # the cube must be held up this long, so that a toss is no lift
+
+
+class WorldVerdict:
+    """The simulated world's own judgement of success: a Detector that only evaluation may use."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.reset()
+
+    def reset(self) -> None:
+        """An episode begins."""
+        self._ticks = 0
+
+    def update(self, observation: Observation) -> bool:
+        """True when the cube has been held up for VERDICT_TICKS observations in a row."""
+        self._ticks = self._ticks + 1 if self.world.lifted else 0
+        return self._ticks >= VERDICT_TICKS
+
+
+@dataclass
+class Rig:
+    """What the scripts drive."""
+
+    clock: Clock
+    arm: Arm
+    cameras: Mapping[str, AnyCamera]
+    teleop: Teleop
+    verdict: WorldVerdict | None  # a real world has none
+    limits: SafetyConfig
+
+    def make_env(
+        self,
+        config: EnvConfig,
+        preprocess: Preprocess,
+        reward: RewardSpec,
+        seed: int,
+        detector: Detector | None = None,
+        success_ends: bool = True,
+    ) -> Env:
+        """The environment on this rig; see Env. `seed` draws the start poses."""
+        return Env(
+            config, self.arm, self.cameras, self.teleop, self.clock, np.random.default_rng(seed),
+            preprocess=preprocess, reward=reward, detector=detector, success_ends=success_ends, limits=self.limits,
+        )  # fmt: skip
+
+
+@contextmanager
+def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
+    """Connect everything, start the arm safely, and leave it safe on every way out.
+
+    Raises HardwareError for a port, servo or camera that is not there.
+    """
+    with ExitStack() as stack:
+        rig = _simulated(config, seed) if config.simulated else _real(config, stack)
+        stack.callback(rig.teleop.close)
+        if rig.teleop.leader is not None:
+            rig.teleop.leader.arm.connect()
+            rig.teleop.leader.arm.configure()
+        stack.callback(safety.safe_close, rig.arm, rig.clock, np.array(config.follower.rest))
+        safety.safe_start(rig.arm)
+        yield rig
+
+
+def _real(config: RigConfig, stack: ExitStack) -> Rig:
+    clock = Clock()
+    leader = None if config.leader is None else Leader(_open_arm("leader", config.leader, stack))
+    arm = _open_arm("follower", config.follower, stack)
+    cameras = {}
+    for name, camera in config.cameras.items():
+        cameras[name] = Camera(name, camera, clock)
+        stack.callback(cameras[name].close)
+    return Rig(clock, arm, cameras, Teleop(leader, TerminalKeys()), None, config.safety)
+
+
+def _open_arm(name: str, config: ArmConfig, stack: ExitStack) -> Arm:
+    if config.calibration is None:
+        raise ConfigError(f"{name}.calibration: a real arm needs its calibration file")
+    calibration = load_calibration(Path(config.calibration))
+    try:
+        port = serial.Serial(config.port, BAUD, timeout=REPLY_TIMEOUT_S)
+    except serial.SerialException as error:
+        raise HardwareError(
+            f"{name}.port {config.port!r} cannot be opened ({error}); is the arm plugged in?"
+        ) from error
+    bus = ServoBus(port, names={joint.id: f"{name} {key}" for key, joint in calibration.joints.items()})
+    stack.callback(bus.close)
+    return Arm(bus, calibration)
+
+
+def _simulated(config: RigConfig, seed: int) -> Rig:
+    clock = SimClock(config.pace)
+    world_rng, camera_rng, person_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
+    follower, leader = SimServos(), SimServos()
+    for servos in (follower, leader):
+        servos.angle[:] = [*config.follower.rest[:5], jaw_angle(config.follower.rest[5])]
+    world = World(config.world, follower, world_rng)
+    clock.on_substep += [follower.step, leader.step, world.step]
+
+    def scene() -> Scene:
+        return Scene(
+            world.gripper_position,
+            world.gripper_rotation,
+            world.jaw_angle,
+            world.cube_position,
+            world.cube_rotation,
+            config.world.cube_size,
+            world.light,
+        )
+
+    cameras = {name: SimCamera(config.sim_camera, scene, clock, camera_rng) for name in config.cameras}
+    operator = Operator(config.operator, world, follower, leader, person_rng)
+    hand = None if config.leader is None else Leader(_sim_arm(leader))
+    return Rig(clock, _sim_arm(follower), cameras, Teleop(hand, operator), WorldVerdict(world), config.safety)
+
+
+def _sim_arm(servos: SimServos) -> Arm:
+    return Arm(ServoBus(SimPort(servos), names=SIM_CALIBRATION.names), SIM_CALIBRATION)
