@@ -1,0 +1,131 @@
+"""Checkpoints of a training run: each a folder, whole or absent; `last` and `best` are text files naming one.
+
+A kill at any instant leaves what was there before. A checkpoint is never written over another.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from so101.errors import DataError
+from so101.files import sync_file, sync_folder, write_atomic
+from so101.learn.weights import read_safetensors, write_safetensors
+from so101.schema import require_same
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds; `training_state` is what a resume needs beyond the tensors (optimizers)."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    training_state: dict[str, Any]
+    config: dict[str, Any]
+    schema: dict[str, Any]
+    trunk_hash: str
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    training_state: dict[str, Any],
+    config: dict[str, Any],
+    schema: dict[str, Any],
+    trunk_hash: str,
+) -> Path:
+    """Write checkpoints/NNNNNN, then make `last` name it. Returns its folder.
+
+    Written aside and renamed once it is on the disk. Where a checkpoint of this step exists (a run that was
+    killed after writing it, and resumed from the one before), the new one is NNNNNN-2 and so on. All are kept.
+    """
+    folder = run_folder / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    name, again = f"{step:06d}", 2
+    while (folder / name).exists():
+        name, again = f"{step:06d}-{again}", again + 1
+    aside = folder / f".{name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)  # left by a kill
+    aside.mkdir()
+    write_safetensors(aside / "model.safetensors", tensors)
+    torch.save(training_state, aside / "training_state.pt")
+    sync_file(aside / "training_state.pt")
+    write_atomic(aside / "config.json", json.dumps(config, indent=2) + "\n")
+    about = {"step": step, "schema": schema, "trunk_hash": trunk_hash}
+    write_atomic(aside / "schema.json", json.dumps(about, indent=2) + "\n")
+    sync_folder(aside)
+    os.rename(aside, folder / name)
+    sync_folder(folder)
+    write_atomic(folder / "last", name + "\n")
+    return folder / name
+
+
+def mark_best(checkpoint: Path) -> None:
+    """Make `best` name this checkpoint."""
+    write_atomic(checkpoint.parent / "best", checkpoint.name + "\n")
+
+
+def find_checkpoint(run_folder: Path, mark: str = "last") -> Path:
+    """The folder that `last` (or `best`) names. Raises DataError where there is none."""
+    marker = run_folder / "checkpoints" / mark
+    try:
+        name = marker.read_text().strip()
+    except OSError as error:
+        raise DataError(f"{run_folder}: has no checkpoint marked {mark!r} ({marker} cannot be read)") from error
+    if not name or not (marker.parent / name).is_dir():
+        raise DataError(f"{marker}: names {name!r}, which is no checkpoint beside it")
+    return marker.parent / name
+
+
+def load_checkpoint(path: Path, schema: dict[str, Any] | None, trunk_hash: str | None) -> Checkpoint:
+    """Read a checkpoint's folder, or the one that a run folder's `last` names; tensors on the CPU.
+
+    Raises DataError where a file is missing or damaged, or where it was made under another schema or for
+    another trunk. None for either is for a caller that takes them from the checkpoint.
+    """
+    if (path / "checkpoints").is_dir():
+        path = find_checkpoint(path)
+    about = _read_json(path / "schema.json")
+    if set(about) != {"step", "schema", "trunk_hash"}:
+        raise DataError(f"{path / 'schema.json'}: must hold step, schema and trunk_hash, got {', '.join(about)}")
+    if schema is not None:
+        require_same(about["schema"], schema, str(path))
+    if trunk_hash is not None and about["trunk_hash"] != trunk_hash:
+        raise DataError(
+            f"{path}: was trained on another encoder ({about['trunk_hash'][:12]}, here it is "
+            f"{trunk_hash[:12]}). Use the encoder weights it was trained with, or start a new run"
+        )
+    tensors = read_safetensors(path / "model.safetensors")
+    training_state = _read_training_state(path / "training_state.pt")
+    config = _read_json(path / "config.json")
+    return Checkpoint(path, about["step"], tensors, training_state, config, about["schema"], about["trunk_hash"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); a checkpoint has four files") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_training_state(path: Path) -> dict[str, Any]:
+    """Tensors and plain values only: `weights_only` runs no code that a file could bring."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); a checkpoint has four files") from error
+    except Exception as error:  # torch.load raises a different type for each kind of damage
+        raise DataError(f"{path}: is damaged or not a training state: {error}") from error
+    if not isinstance(state, dict):
+        raise DataError(f"{path}: must hold a dict, got {type(state).__name__}")
+    return state

@@ -1,0 +1,270 @@
+"""The trained networks: from pixels and states to tensors, and from the trunk's features to action and value.
+
+The trunk (resnet10.py) is frozen, so everything here starts from its feature maps, (B, cameras, 512, h, w).
+Letters in the shape comments: B batch, N cameras, C channels, P = h * w positions, F spatial features,
+E critics. Initial weights and layer order follow HIL-SERL's JAX code.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from so101.errors import DataError
+from so101.schema import ACTION, STATE, STATE_FLOOR
+
+IMAGE_MEAN, IMAGE_STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet's, what the trunk was trained on
+CHANNELS = 512  # of the trunk's last feature map
+STATE_CLIP = 5.0  # standard deviations
+EMBEDDING, STATE_EMBEDDING = 256, 64  # widths of one camera's and of the state's share of the latent
+STD_RANGE = (1e-5, 5.0)
+NORM_EPS = 1e-6  # flax's LayerNorm; torch's own default is 1e-5
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "silu": nn.SiLU}
+
+
+def images_to_input(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 RGB images (B, S, S, 3) -> the trunk's float32 input (B, 3, S, S), ImageNet-normalised.
+
+    The only place in the program where pixels become network input. Raises DataError for anything but uint8
+    RGB: floats in [0, 1] or [0, 255] look alike to a network, and have cost others whole training runs.
+    """
+    pixels = torch.as_tensor(images)
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        raise DataError(f"images: got {pixels.dtype} {tuple(pixels.shape)}, must be uint8 (batch, S, S, 3) RGB")
+    scale = 1 / (255 * torch.tensor(IMAGE_STD, device=pixels.device))
+    offset = torch.tensor(IMAGE_MEAN, device=pixels.device) * 255 * scale
+    return (pixels * scale - offset).permute(0, 3, 1, 2).contiguous()
+
+
+class StateNormalizer(nn.Module):
+    """(state - mean) / std, clipped to +-5; the demonstrations' statistics, saved with the model."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, state_dim: int = len(STATE)) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(state_dim))
+        self.register_buffer("std", torch.ones(state_dim))
+
+    def fit(self, states: np.ndarray | Tensor) -> None:
+        """Take mean and std from `states` (n, 18), each std at least its entry's STATE_FLOOR."""
+        sample = torch.as_tensor(states, dtype=torch.float64).cpu()
+        if sample.ndim != 2 or sample.shape[1] != len(self.mean) or not len(sample) or not sample.isfinite().all():
+            raise DataError(
+                f"states: got {tuple(sample.shape)}, must be (n, {len(self.mean)}) with n > 0 and all finite"
+            )
+        floor = torch.tensor(STATE_FLOOR, dtype=torch.float64)
+        self.mean.copy_(sample.mean(0))
+        self.std.copy_(torch.maximum(sample.std(0, correction=0), floor))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return ((state - self.mean) / self.std).clamp(-STATE_CLIP, STATE_CLIP)
+
+
+class SpatialEmbedding(nn.Module):
+    """Learned spatial pooling: each channel's map is weighed by F kernels, (B, C, h, w) -> (B, C * F).
+
+    The kernel lies as (C, P, F), one small matrix per channel, so that the whole is a batched matrix product
+    (2 ms where the broadcast form takes 98). Entry c * F + f of the output is channel c under kernel f.
+    The output is the transpose of a (C * F, B) tensor, as the product leaves it: the next layer's product
+    takes it so, and no copy is made on either pass.
+    """
+
+    def __init__(self, channels: int = CHANNELS, size: int = 4, features: int = 8) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.empty(channels, size * size, features))
+        lecun_normal_(self.kernel, fan_in=channels * size * size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        maps = features.to(self.kernel.dtype).flatten(2).permute(1, 2, 0)  # (C, P, B)
+        return torch.bmm(self.kernel.transpose(1, 2), maps).flatten(0, 1).t()  # (C, F, B) -> (B, C * F)
+
+
+class SpatialHead(nn.Module):
+    """One camera's feature map (B, C, h, w) -> its embedding (B, 256), each entry in [-1, 1]."""
+
+    def __init__(
+        self,
+        channels: int = CHANNELS,
+        size: int = 4,
+        features: int = 8,
+        width: int = EMBEDDING,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.embedding = SpatialEmbedding(channels, size, features)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(channels * features, width)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        lecun_normal_(self.linear.weight, fan_in=channels * features)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.project(self.dropout(self.embedding(features)))
+
+    def project(self, embedded: Tensor) -> Tensor:
+        """What follows the dropout: (B, C * F) -> (B, 256)."""
+        return torch.tanh(self.norm(self.linear(embedded)))
+
+
+class ObservationEncoder(nn.Module):
+    """Trunk features (B, N, C, h, w) of N cameras and a normalised state (B, 18) -> latent (B, 256 N + 64).
+
+    It is passed in two steps, because the actor's passes drop out part of what `embed` returns and the
+    critics' do not; `forward` is both steps without dropout.
+    """
+
+    def __init__(self, cameras: int, size: int = 4, state_dim: int = len(STATE)) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(SpatialHead(size=size) for _ in range(cameras))
+        self.state = nn.Linear(state_dim, STATE_EMBEDDING)
+        self.state_norm = nn.LayerNorm(STATE_EMBEDDING, eps=NORM_EPS)
+        self.latent_dim = EMBEDDING * cameras + STATE_EMBEDDING
+        xavier_(self.state)
+
+    def embed(self, features: Tensor) -> list[Tensor]:
+        """Each camera's spatial embedding, (B, C * F)."""
+        maps = features.unbind(1)
+        return [head.embedding(image) for head, image in zip(self.heads, maps, strict=True)]  # type: ignore[operator]
+
+    def join(self, embedded: list[Tensor], state: Tensor) -> Tensor:
+        """The cameras' embeddings and the state -> latent."""
+        parts = [head.project(image) for head, image in zip(self.heads, embedded, strict=True)]  # type: ignore[operator]
+        return torch.cat([*parts, torch.tanh(self.state_norm(self.state(state)))], dim=1)
+
+    def forward(self, features: Tensor, state: Tensor) -> Tensor:
+        return self.join(self.embed(features), state)
+
+
+class Actor(nn.Module):
+    """Latent -> a diagonal Gaussian squashed by tanh, over the four entries of ACTION."""
+
+    def __init__(self, latent_dim: int, width: int = 256, activation: str = "tanh") -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs in (latent_dim, width):
+            linear = nn.Linear(inputs, width)
+            xavier_(linear)
+            layers += [linear, nn.LayerNorm(width, eps=NORM_EPS), ACTIVATIONS[activation]()]
+        self.mlp = nn.Sequential(*layers)
+        self.mean = nn.Linear(width, len(ACTION))
+        self.log_std = nn.Linear(width, len(ACTION))
+        xavier_(self.mean)
+        xavier_(self.log_std)
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation before the tanh, both (B, 4)."""
+        hidden = self.mlp(latent)
+        return self.mean(hidden), self.log_std(hidden).exp().clamp(*STD_RANGE)
+
+    def sample(self, latent: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The action (B, 4) that standard normal `noise` (B, 4) picks, and its log-density (B,).
+
+        The density of a = tanh(u) is that of u over da/du = 1 - tanh(u)^2, whose log is written as
+        2 (log 2 - u - softplus(-2 u)): exact also where tanh has rounded to 1 (SAC, appendix C).
+        """
+        mean, std = self(latent)
+        u = mean + std * noise
+        log_normal = -0.5 * noise.square() - std.log() - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - functional.softplus(-2 * u))
+        return torch.tanh(u), (log_normal - log_slope).sum(dim=1)
+
+
+class Policy(nn.Module):
+    """What acts on the robot: normaliser, encoder and actor. Whole, this is what travels and is saved."""
+
+    def __init__(self, cameras: int, size: int = 4, activation: str = "tanh") -> None:
+        super().__init__()
+        self.normalizer = StateNormalizer()
+        self.encoder = ObservationEncoder(cameras, size)
+        self.actor = Actor(self.encoder.latent_dim, activation=activation)
+
+    @torch.no_grad()
+    def act(self, features: Tensor, state: np.ndarray, deterministic: bool, generator: torch.Generator) -> np.ndarray:
+        """One observation's action (4,) float32: features (N, C, h, w), state (18,) in schema units.
+
+        `deterministic` takes the distribution's mode instead of a sample. The generator lives on the CPU.
+        """
+        device = self.normalizer.mean.device
+        raw = torch.as_tensor(state, dtype=torch.float32, device=device)
+        latent = self.encoder(features.to(device)[None], self.normalizer(raw[None]))
+        if deterministic:
+            action = torch.tanh(self.actor(latent)[0])
+        else:
+            noise = torch.randn(1, len(ACTION), generator=generator)
+            action, _ = self.actor.sample(latent, noise.to(device))
+        return action[0].cpu().numpy()  # type: ignore[no-any-return]
+
+
+class EnsembleLayer(nn.Module):
+    """Linear, LayerNorm and activation of E critics at once: one batched matrix product for all of them."""
+
+    def __init__(self, members: int, inputs: int, width: int, activation: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(xavier_ensemble(members, inputs, width))
+        self.bias = nn.Parameter(torch.zeros(members, 1, width))
+        self.scale = nn.Parameter(torch.ones(members, 1, width))
+        self.shift = nn.Parameter(torch.zeros(members, 1, width))
+        self.activation = ACTIVATIONS[activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.baddbmm(self.bias, x, self.weight)  # (E, B, inputs) -> (E, B, width)
+        y = functional.layer_norm(y, y.shape[-1:], eps=NORM_EPS)
+        return self.activation(torch.addcmul(self.shift, y, self.scale))  # type: ignore[no-any-return]
+
+
+class Critics(nn.Module):
+    """E critics, each 256 x 2: latent (B, L) and action (B, 4) -> their values (E, B)."""
+
+    def __init__(self, latent_dim: int, members: int = 2, width: int = 256, activation: str = "tanh") -> None:
+        super().__init__()
+        self.members = members
+        self.hidden1 = EnsembleLayer(members, latent_dim + len(ACTION), width, activation)
+        self.hidden2 = EnsembleLayer(members, width, width, activation)
+        self.weight = nn.Parameter(xavier_ensemble(members, width, 1))
+        self.bias = nn.Parameter(torch.zeros(members, 1, 1))
+
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([latent, action], dim=1).expand(self.members, -1, -1)  # (E, B, L + 4)
+        return torch.baddbmm(self.bias, self.hidden2(self.hidden1(x)), self.weight).squeeze(2)
+
+
+def drop(x: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """Dropout with a generator of one's own, on x's device.
+
+    On the CPU one random byte decides each entry (so the rate is rounded to 1/256), eight from each 64-bit
+    draw: torch's own mask takes five times as long there, as much as two of the largest matrix products.
+    """
+    if x.device.type != "cpu":
+        return x * torch.empty_like(x).bernoulli_(1 - rate, generator=generator) / (1 - rate)
+    dropped = round(256 * rate)
+    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    as_stored = x.t() if x.stride(0) == 1 else x  # the spatial embedding's output lies transposed
+    chance = words.view(torch.uint8)[: x.numel()].view(as_stored.shape).float()  # 0 .. 255
+    keep = chance.sub_(dropped - 1).clamp_(0, 1)  # three times as fast as comparing and multiplying by a bool
+    kept = (as_stored * keep).mul_(256 / (256 - dropped))
+    return kept.t() if x.stride(0) == 1 else kept
+
+
+def xavier_(linear: nn.Linear) -> None:
+    """Xavier's uniform weights and zero biases, as HIL-SERL's own layers start."""
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def xavier_ensemble(members: int, inputs: int, outputs: int) -> Tensor:
+    """(E, inputs, outputs) weights, each member drawn as `xavier_` draws a layer."""
+    bound = math.sqrt(6 / (inputs + outputs))
+    return torch.empty(members, inputs, outputs).uniform_(-bound, bound)
+
+
+def lecun_normal_(weight: Tensor, fan_in: int) -> None:
+    """Flax's default init: a normal of variance 1 / fan_in, cut off at two standard deviations."""
+    std = 1 / math.sqrt(fan_in) / 0.87962566  # the std of a unit normal cut at +-2, so that the variance is right
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

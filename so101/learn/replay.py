@@ -1,0 +1,318 @@
+"""The replay buffer: each frame stored once, encoded once, and drawn from memory ever after.
+
+An observation has a slot; a transition belongs to the slot it starts from and names the slot it leads to, so
+that a next observation is never guessed. Slots below `demo_capacity` hold demonstrations and are never used
+again; the rest are a ring in which the oldest online observation makes way for the newest, and the
+transition that started from it goes with it.
+
+For each camera a slot takes (1 + views) x 16 KB of the feature file and 48 KB of memory for the frame at
+128 x 128 pixels: 30,000 slots with 2 views are 1.5 GB each. Both are taken only as slots are filled.
+"""
+
+import itertools
+import json
+import math
+import shutil
+import zlib
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from so101.errors import DataError
+from so101.files import write_atomic
+from so101.learn.augment import random_shift
+from so101.learn.networks import images_to_input
+from so101.learn.resnet10 import CHANNELS, STRIDE, ResNet10
+from so101.schema import ACTION, STATE
+
+
+class Batch(NamedTuple):
+    """B transitions; features are (B, cameras, 512, h, w), float16 from the cache."""
+
+    features: Tensor
+    state: Tensor  # (B, 18) raw: radians, metres, seconds
+    action: Tensor  # (B, 4)
+    reward: Tensor  # (B,)
+    terminated: Tensor  # (B,) bool: no value beyond
+    next_features: Tensor
+    next_state: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Draw(NamedTuple):
+    """Which transitions, and which cached view of each of their observations."""
+
+    slots: np.ndarray
+    views: np.ndarray
+    next_views: np.ndarray
+
+
+class ViewEncoder:
+    """Frames -> trunk features of the frame as it is and of randomly shifted copies of it, as in DrQ.
+
+    The shifts depend only on `seed` and the frame's own pixels, so that there is no state to save.
+    """
+
+    def __init__(self, trunk: ResNet10, views: int, pad: int, seed: int) -> None:
+        self.trunk, self.views, self.pad, self.seed = trunk, views, pad, seed
+        self._last: tuple[np.ndarray, Tensor] | None = None
+
+    def shifted(self, images: np.ndarray, round: int = 0) -> Tensor:
+        """The views in pixels, uint8 (1 + views, cameras, S, S, 3); the first is not shifted."""
+        frame = torch.from_numpy(images.copy())
+        generator = torch.Generator().manual_seed(_seed(frame.numpy(), self.seed, int(round)))
+        copies = frame.expand(self.views, *frame.shape)
+        return torch.cat([frame[None], random_shift(copies, self.pad, generator)])
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        """One observation's frames, uint8 (cameras, S, S, 3) -> float16 (1 + views, cameras, 512, h, w).
+
+        Given the same array object again, the last result is returned: classifier, policy and replay share
+        one encoding. The array becomes read-only, so that a buffer filled anew cannot pass for the old frame.
+        """
+        if self._last is None or self._last[0] is not images:
+            images.setflags(write=False)
+            self._last = images, self.run_trunk(self.shifted(images)).half()
+        return self._last[1]
+
+    @torch.no_grad()
+    def run_trunk(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, cameras, S, S, 3) -> float32 (n, cameras, 512, h, w), in one pass, on the CPU."""
+        device = next(self.trunk.parameters()).device
+        maps = self.trunk(images_to_input(pixels.flatten(0, 1).to(device)))
+        return maps.unflatten(0, pixels.shape[:2]).cpu()  # type: ignore[no-any-return]
+
+
+class FeatureFile:
+    """Features of every slot in a memory-mapped float16 file, with beside it what they were made with.
+
+    A file made under another key is left alone, and the next free name used. `marks` says which observation
+    each slot's features belong to; it is written after them, so a kill leaves none under a wrong mark.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any], shape: tuple[int, ...]) -> None:
+        """`shape` is (slots, 1 + views, cameras, 512, h, w); it becomes part of the key."""
+        key = json.loads(json.dumps({**key, "shape": shape}))
+        folder.mkdir(parents=True, exist_ok=True)
+        names = (f"features{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+        paths = next(found for name in names if (found := _usable(folder / name, key)))
+        self.path = paths[0]
+        self.features = np.memmap(paths[0], np.float16, "r+", shape=shape)
+        self.marks = np.memmap(paths[1], np.uint64, "r+", shape=shape[:1])
+
+    def write(self, slot: int, features: Tensor, mark: int) -> None:
+        """Store one slot's features, (1 + views, cameras, 512, h, w), as those of observation `mark`."""
+        self.marks[slot] = 0
+        self.features[slot] = features.numpy()
+        self.marks[slot] = mark
+
+
+def _usable(stem: Path, key: dict[str, Any]) -> tuple[Path, Path] | None:
+    """The files of this name, made now if it is free; None where they were made under another key."""
+    features, marks, described = (stem.with_suffix(suffix) for suffix in (".f16", ".marks", ".json"))
+    sizes = {features: 2 * math.prod(key["shape"]), marks: 8 * key["shape"][0]}
+    if not any(path.exists() for path in (features, marks, described)):
+        free, needed = shutil.disk_usage(stem.parent).free, sizes[features]
+        if free < needed:
+            raise DataError(
+                f"{features}: the feature cache may grow to {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+                f"are free on this disk; lower sac.buffer_size or sac.views, or choose another output folder"
+            )
+        for path, size in sizes.items():
+            with open(path, "xb") as file:
+                file.truncate(size)  # sparse: takes room on the disk only where it is written
+        write_atomic(described, json.dumps(key, indent=2) + "\n")
+        return features, marks
+    whole = described.exists() and all(path.exists() and path.stat().st_size == size for path, size in sizes.items())
+    return (features, marks) if whole and json.loads(described.read_text()) == key else None
+
+
+class Replay:
+    """Observations and transitions of demonstrations and online episodes; batches are half and half."""
+
+    def __init__(
+        self,
+        encoder: ViewEncoder,
+        folder: Path,
+        key: dict[str, Any],
+        cameras: int,
+        image_size: int,
+        demo_capacity: int,
+        online_capacity: int,
+        seed: int,
+    ) -> None:
+        """`key` says what features depend on, trunk and schema; capacities count observations."""
+        self.encoder, self.demo_capacity, self.online_capacity = encoder, demo_capacity, online_capacity
+        slots, size = demo_capacity + online_capacity, image_size // STRIDE
+        shape = (slots, 1 + encoder.views, cameras, CHANNELS, size, size)
+        self.file = FeatureFile(folder, {**key, "pad": encoder.pad, "seed": encoder.seed}, shape)
+        self.images = np.zeros((slots, cameras, image_size, image_size, 3), np.uint8)
+        self.state = np.zeros((slots, len(STATE)), np.float32)
+        self.next_slot = np.zeros(slots, np.int64)
+        self.action = np.zeros((slots, len(ACTION)), np.float32)
+        self.reward = np.zeros(slots, np.float32)
+        self.terminated, self.truncated, self.by_human = np.zeros((3, slots), bool)
+        self.filled, self.starts = np.zeros((2, slots), bool)  # holds an observation; a transition starts from it
+        self.round = np.zeros(slots, np.int64)  # how often a slot's views were refreshed
+        self.demo_count = self.online_count = 0  # observations ever added
+        self.rng = np.random.default_rng(seed)
+        self._pools: tuple[np.ndarray, np.ndarray] | None = None
+
+    def add_observation(
+        self, images: np.ndarray, state: np.ndarray, views: Tensor | None = None, demonstration: bool = False
+    ) -> int:
+        """Store frames (cameras, S, S, 3) uint8 and state (18,); returns the slot.
+
+        `views` are the frames' features where they are known (live: the actor encoded them). Without, as for
+        demonstrations and episodes read back from disk, they are taken from the feature file if it holds this
+        observation, and encoded if it does not. Raises DataError for other frames than these, and where the
+        demonstrations' slots are full.
+        """
+        if images.dtype != np.uint8 or images.shape != self.images.shape[1:]:
+            wanted = f"uint8 {self.images.shape[1:]}"
+            raise DataError(f"replay: frames are {images.dtype} {images.shape}, must be {wanted}: see so101/images.py")
+        if demonstration:
+            slot = number = self.demo_count
+            if slot >= self.demo_capacity:
+                raise DataError(f"replay: more than the {self.demo_capacity} demonstration frames it was made for")
+            self.demo_count += 1
+        else:
+            number = self.online_count
+            slot = self.demo_capacity + number % self.online_capacity
+            self.online_count += 1
+        self.images[slot], self.state[slot] = images, state
+        self.filled[slot], self.starts[slot] = True, False
+        self.round[slot] = 0
+        self._pools = None
+        mark = _mark(demonstration, number, self.state[slot])
+        if views is not None:
+            self.file.write(slot, views, mark)
+        elif self.file.marks[slot] != mark:
+            self.file.write(slot, self.encoder.encode(images), mark)
+        return slot
+
+    def add_transition(
+        self,
+        slot: int,
+        next_slot: int,
+        action: np.ndarray,
+        reward: float,
+        terminated: bool,
+        truncated: bool,
+        by_human: bool,
+    ) -> None:
+        """Store what led from one stored observation to the next: `action` (4,) as commanded, in [-1, 1]."""
+        self.next_slot[slot], self.action[slot], self.reward[slot] = next_slot, action, reward
+        self.terminated[slot], self.truncated[slot] = terminated, truncated
+        self.by_human[slot] = by_human
+        self.starts[slot] = True
+        self._pools = None
+
+    def correct(self, slot: int, reward: float, terminated: bool) -> None:
+        """Give the transition from `slot` a person's verdict instead of what was stored."""
+        if not self.starts[slot]:
+            raise DataError(f"replay: slot {slot} holds no transition to correct; correct an episode before the next")
+        self.reward[slot], self.terminated[slot] = reward, terminated
+        self.truncated[slot] &= not terminated
+
+    def discard(self, first: int) -> None:
+        """Take back the online observations from slot `first` to the newest, the episode they are, say.
+
+        The ring steps back, so that what it holds stays in step with the episodes that were kept on disk.
+        """
+        newest = (self.online_count - 1) % self.online_capacity
+        count = (newest - (first - self.demo_capacity)) % self.online_capacity + 1
+        self.online_count -= count
+        positions = np.arange(self.online_count, self.online_count + count)
+        self.starts[self.demo_capacity + positions % self.online_capacity] = False
+        self._pools = None
+
+    def skip(self, observations: int) -> None:
+        """Pass over online observations that a resume need not read, as later ones would replace them."""
+        self.online_count += observations
+
+    def refresh(self, count: int) -> None:
+        """Encode the `count` least refreshed observations anew, with other shifts, when there is time."""
+        filled = np.flatnonzero(self.filled)
+        for slot in filled[np.argsort(self.round[filled], kind="stable")[:count]]:
+            self.round[slot] += 1
+            views = self.encoder.run_trunk(self.encoder.shifted(self.images[slot], self.round[slot])).half()
+            self.file.write(slot, views, int(self.file.marks[slot]))
+
+    @property
+    def pools(self) -> tuple[np.ndarray, np.ndarray]:
+        """Slots of the transitions that count as demonstrations (interventions too) and as online."""
+        if self._pools is None:
+            online = self.demo_capacity + np.flatnonzero(self.starts[self.demo_capacity :])
+            demos = np.flatnonzero(self.starts[: self.demo_capacity])
+            self._pools = np.concatenate([demos, online[self.by_human[online]]]), online
+        return self._pools
+
+    def draw(self, batch_size: int) -> Draw:
+        """Choose with replacement: half demonstrations, half online, or all of what there is."""
+        filled = [pool for pool in self.pools if len(pool)]
+        if not filled:
+            raise DataError("replay: there is no transition to learn from yet")
+        counts = [batch_size] if len(filled) == 1 else [batch_size // 2, batch_size - batch_size // 2]
+        slots = [self.rng.choice(pool, count) for pool, count in zip(filled, counts, strict=True)]
+        last = self.encoder.views
+        views, next_views = self.rng.integers(min(1, last), last, (2, batch_size), endpoint=True)
+        return Draw(np.concatenate(slots), views, next_views)
+
+    def gather(self, draw: Draw) -> Batch:
+        """The drawn transitions, with features from the cache."""
+        slots, after = draw.slots, self.next_slot[draw.slots]
+        return self._batch(draw, self._cached(slots, draw.views), self._cached(after, draw.next_views))
+
+    def gather_pixels(self, draw: Draw) -> Batch:
+        """The drawn transitions, features encoded anew from the frames: what the cache is checked against."""
+        slots, after = draw.slots, self.next_slot[draw.slots]
+        return self._batch(draw, self._encoded(slots, draw.views), self._encoded(after, draw.next_views))
+
+    def sample(self, batch_size: int) -> Batch:
+        """A random batch; current and next observation each in a shifted view of its own."""
+        return self.gather(self.draw(batch_size))
+
+    def _batch(self, draw: Draw, features: Tensor, next_features: Tensor) -> Batch:
+        slots, after = draw.slots, self.next_slot[draw.slots]
+        rows = [self.state[slots], self.action[slots], self.reward[slots], self.terminated[slots]]
+        state, action, reward, terminated = map(torch.from_numpy, rows)
+        next_state = torch.from_numpy(self.state[after])
+        return Batch(features, state, action, reward, terminated, next_features, next_state)
+
+    def _cached(self, slots: np.ndarray, views: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(self.file.features[slots, views]))
+
+    def _encoded(self, slots: np.ndarray, views: np.ndarray) -> Tensor:
+        pairs = zip(slots, views, strict=True)
+        shifted = [self.encoder.shifted(self.images[slot], self.round[slot])[view] for slot, view in pairs]
+        return self.encoder.run_trunk(torch.stack(shifted))
+
+    def rng_state(self) -> dict[str, Any]:
+        """The sampler's state, as plain values."""
+        return dict(self.rng.bit_generator.state)
+
+    def load_rng_state(self, state: dict[str, Any]) -> None:
+        """Go on drawing where `rng_state` was taken."""
+        self.rng.bit_generator.state = state
+
+
+def _seed(images: np.ndarray, *parts: int) -> int:
+    """A generator's seed from a frame's pixels and some numbers; the same on every machine."""
+    return zlib.crc32(np.array(parts, "<i8").tobytes(), zlib.crc32(images.tobytes()))
+
+
+def _mark(demonstration: bool, number: int, state: np.ndarray) -> int:
+    """What tells an observation from any other: its place in its stream and its state; never 0, a free slot.
+
+    Not its pixels: online frames come back from a lossy video.
+    """
+    digest = blake2b(bytes([demonstration]) + number.to_bytes(8, "little") + state.tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") | 1

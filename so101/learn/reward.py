@@ -1,0 +1,200 @@
+"""The success classifier: what it is, how its answers become a success, and how it is kept on disk.
+
+The trunk is frozen and everything above it is trained (reward_training.py).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from so101 import config as settings
+from so101.config import option
+from so101.errors import ConfigError, DataError
+from so101.files import sha256
+from so101.learn.networks import CHANNELS, EMBEDDING, SpatialHead
+from so101.learn.resnet10 import STRIDE
+from so101.learn.weights import read_safetensors, write_safetensors
+from so101.schema import OPENING, TOOL_Z, require_same
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How the success classifier is trained, and how its answers become a success."""
+
+    views: int = option(3, "shifted and colour-jittered copies of each training frame, besides the plain one")
+    pad: int = option(4, "largest shift of a copy, in pixels of the network's image")
+    brightness: float = option(0.4, "brightness of a copy: a factor between 1 - this and 1 + this")
+    contrast: float = option(0.4, "contrast of a copy, likewise")
+    saturation: float = option(0.4, "saturation of a copy, likewise")
+    held_out: float = option(0.2, "share of the episodes kept from training, to choose the threshold on")
+    steps: int = option(1000, "gradient steps at most")
+    patience: int = option(300, "stop after so many steps without a lower loss on the held-out episodes")
+    evaluate_every: int = option(25, "gradient steps between two looks at the held-out episodes")
+    batch_size: int = option(64, "frames per step; half of them are successes")
+    lr: float = option(3e-4, "AdamW's learning rate")
+    weight_decay: float = option(0.02, "AdamW's weight decay")
+    dropout: float = option(0.3, "share of values dropped in training, in each camera's head and after it")
+    seed: int = option(0, "of the split, the copies, the first weights and the batches")
+    consecutive: int = option(3, "a success is this many frames in a row above the threshold")
+    tolerance_frames: int = option(2, "a success this many frames before its label is not a false one")
+    guard: bool = option(True, "also require the tool height and the opening that the successes were seen with")
+    guard_margin_z: float = option(0.01, "m added to both ends of the guard's range of heights")
+    guard_margin_opening: float = option(0.05, "added to both ends of the guard's range of openings (0..1)")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "patience", "evaluate_every", "consecutive", "lr"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, must be above 0")
+        for name in (
+            "views",
+            "pad",
+            "brightness",
+            "contrast",
+            "saturation",
+            "weight_decay",
+            "tolerance_frames",
+        ):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, must not be below 0")
+        if self.batch_size < 2 or self.batch_size % 2:
+            raise ConfigError(f"batch_size: got {self.batch_size}, must be even: half of it are successes")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out: got {self.held_out}, must be between 0 and 1, 0.2 say")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout: got {self.dropout}, must be at least 0 and below 1")
+
+
+class SuccessClassifier(nn.Module):
+    """Trunk features (B, cameras, 512, size, size) -> logit (B,) of "this frame shows success"."""
+
+    def __init__(self, cameras: int = 1, size: int = 4, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(SpatialHead(CHANNELS, size, dropout=dropout) for _ in range(cameras))
+        self.mlp = nn.Sequential(
+            nn.Linear(EMBEDDING * cameras, 256),
+            nn.Dropout(dropout),
+            nn.LayerNorm(256),
+            nn.ReLU(),
+            nn.Linear(256, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        per_camera = zip(self.heads, features.unbind(1), strict=True)
+        embedded = torch.cat([head(maps) for head, maps in per_camera], dim=1)  # (B, 256 * cameras)
+        return self.mlp(embedded).squeeze(1)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def probabilities(self, features: Tensor) -> np.ndarray:
+        """(N, cameras, 512, h, w) of any float type, anywhere -> (N,) float32 in [0, 1], without dropout."""
+        self.eval()
+        device = next(self.parameters()).device
+        parts = [self(part.to(device).float()).sigmoid().cpu().numpy() for part in features.split(256)]
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class StateGuard:
+    """The tool heights (m) and gripper openings in which a success can be: from a wrist camera alone, a cube
+    that is grasped and one that is lifted look alike."""
+
+    height: tuple[float, float]
+    opening: tuple[float, float]
+
+    def allows(self, state: np.ndarray) -> bool:
+        """Whether a state (18,) lies within both ranges."""
+        inside_height = self.height[0] <= state[TOOL_Z] <= self.height[1]
+        return bool(inside_height and self.opening[0] <= state[OPENING] <= self.opening[1])
+
+
+class SuccessDetector:
+    """Classifier, threshold, guard and vote: everything between a frame's features and "it succeeded"."""
+
+    def __init__(
+        self, classifier: SuccessClassifier, threshold: float, guard: StateGuard | None, consecutive: int
+    ) -> None:
+        self.classifier = classifier.eval().requires_grad_(False)
+        self.threshold, self.guard, self.consecutive = threshold, guard, consecutive
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the frames so far; call it when an episode begins."""
+        self.in_a_row = 0
+
+    def probability(self, features: Tensor) -> float:
+        """How likely one frame's features (cameras, 512, h, w) show success, in [0, 1]."""
+        return float(self.classifier.probabilities(features[None])[0])
+
+    def update(self, probability: float, state: np.ndarray) -> bool:
+        """Count one observation in; True from the `consecutive`-th in a row that is a success."""
+        allowed = self.guard is None or self.guard.allows(state)
+        self.in_a_row = self.in_a_row + 1 if probability > self.threshold and allowed else 0
+        return self.in_a_row >= self.consecutive
+
+
+@dataclass(frozen=True)
+class RewardFile:
+    """What reward.json holds beside model.safetensors."""
+
+    schema: dict[str, Any] = option(help="what the classifier's frames and states were")
+    trunk_hash: str = option(help="of the encoder whose features it was trained on")
+    model_sha256: str = option(help="of model.safetensors")
+    threshold: float = option(help="a frame above it counts")
+    consecutive: int = option(help="frames in a row that make a success")
+    guard: StateGuard | None = option(help="tool heights in m and openings in which a success can be")
+    provenance: dict[str, Any] = option(help="where the classifier comes from")
+
+
+def save_reward(
+    folder: Path,
+    detector: SuccessDetector,
+    schema: dict[str, Any],
+    trunk_hash: str,
+    provenance: dict[str, Any],
+) -> None:
+    """Write model.safetensors and reward.json into `folder`; the second commits the first.
+
+    Raises DataError where the folder holds a classifier already.
+    """
+    if (folder / "reward.json").exists():
+        raise DataError(f"{folder}: holds a reward classifier already, and it is not overwritten; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "model.safetensors"
+    write_safetensors(model, detector.classifier.state_dict())
+    about = RewardFile(
+        schema,
+        trunk_hash,
+        sha256(model),
+        detector.threshold,
+        detector.consecutive,
+        detector.guard,
+        provenance,
+    )
+    settings.save(about, folder / "reward.json")
+
+
+def load_reward(folder: Path, schema: dict[str, Any], trunk_hash: str) -> SuccessDetector:
+    """The detector saved in `folder`, on the CPU.
+
+    Raises DataError where a file is missing or damaged, or where it was made for another schema or trunk.
+    """
+    try:
+        about = settings.load(RewardFile, folder / "reward.json")
+    except ConfigError as error:
+        raise DataError(f"no usable reward classifier: {error}") from error
+    require_same(about.schema, schema, str(folder / "reward.json"))
+    if about.trunk_hash != trunk_hash:
+        raise DataError(
+            f"{folder}: the classifier was trained on another encoder ({about.trunk_hash[:12]}, here it is "
+            f"{trunk_hash[:12]}). Use the encoder weights it was trained with, or train it anew"
+        )
+    model = folder / "model.safetensors"
+    stored = read_safetensors(model)
+    if sha256(model) != about.model_sha256:
+        raise DataError(f"{model}: is not the file that reward.json was written for; restore it or train anew")
+    classifier = SuccessClassifier(len(schema["cameras"]), schema["image"]["image_size"] // STRIDE)
+    classifier.load_state_dict(stored)
+    return SuccessDetector(classifier, about.threshold, about.guard, about.consecutive)

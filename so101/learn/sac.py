@@ -1,0 +1,222 @@
+"""Soft actor-critic on cached features, with the semantics of HIL-SERL's JAX code (its paper, section III).
+
+The critics' loss trains the encoder; the actor's loss sees a finished latent and trains the actor alone.
+Every method here is one update on one batch: how many of which, and when, stands in train_sac.py.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from so101.config import option
+from so101.errors import ConfigError, DataError
+from so101.learn.networks import Critics, Policy, drop
+from so101.learn.replay import Batch
+from so101.schema import ACTION
+
+
+@dataclass
+class SacConfig:
+    """The learning's settings. What differs between published variants of HIL-SERL is one line each."""
+
+    discount: float = option(0.97, "worth of a reward one step later; 0.97 at 10 Hz looks about 3 s ahead")
+    batch_size: int = option(256, "transitions in an update, half of them demonstrations")
+    lr: float = option(3e-4, "Adam's step size, for critics, actor and temperature")
+    tau: float = option(0.005, "share of the trained weights that the slow target copies take over each update")
+    temperature_init: float = option(0.01, "worth of entropy at the start; it is adapted to target_entropy")
+    target_entropy: float = option(-2.0, "entropy to hold, in nats; -2 is minus half the action's four entries")
+    critics: int = option(2, "critics in the ensemble")
+    subsample: int | None = option(None, "critics drawn for each target (REDQ, RLPD); null takes all of them")
+    actor_q: Literal["mean", "min"] = option("mean", "the actor climbs the critics' mean (HIL-SERL) or minimum")
+    backup_entropy: bool = option(False, "whether targets pay for entropy too, as in the first SAC paper")
+    activation: Literal["tanh", "silu"] = option("tanh", "between layers: tanh (HIL-SERL) or silu (LeRobot)")
+    dropout: float = option(0.1, "share of the image embedding dropped when the actor is trained; never when it acts")
+    utd_ratio: float = option(2.0, "critic updates per environment step, at most; missed ones run while the arm resets")
+    actor_every: int = option(2, "critic updates per update of actor and temperature")
+    views: int = option(2, "randomly shifted views cached for each frame; 0 trains on the unshifted one")
+    pad: int = option(4, "largest shift in pixels, each way")
+    buffer_size: int = option(30_000, "online observations kept; with 2 views about 96 KB each per camera")
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name}: got {value}, must be between {low:g} and {high:g}")
+        if self.subsample is not None and not 1 <= self.subsample <= self.critics:
+            raise ConfigError(f"subsample: got {self.subsample}, must be 1 .. critics ({self.critics}) or null")
+
+
+_RANGES = (
+    ("discount", 0, 1),
+    ("batch_size", 2, 65_536),
+    ("lr", 0, 1),
+    ("tau", 0, 1),
+    ("temperature_init", 1e-9, 1e3),
+    ("critics", 1, 100),
+    ("dropout", 0, 0.9),
+    ("utd_ratio", 0, 1000),
+    ("actor_every", 1, 1000),
+    ("views", 0, 80),
+    ("pad", 0, 16),
+    ("buffer_size", 100, 10_000_000),
+)
+
+
+def td_target(reward: Tensor, terminated: Tensor, next_q: Tensor, discount: float) -> Tensor:
+    """y = r + discount (1 - terminated) min_e next_q, all (B,) but next_q (E, B).
+
+    A truncated transition is not terminated: time ran out, but the next state still had this value.
+    """
+    return reward + discount * (1 - terminated.to(reward.dtype)) * next_q.amin(dim=0)
+
+
+class Sac(nn.Module):
+    """Policy, critics, their slow target copies and the temperature, each with the update that trains it.
+
+    Metrics are returned as tensors, so that an update never waits for the device; ask for them now and then.
+    """
+
+    def __init__(self, config: SacConfig, cameras: int, device: torch.device | str = "cpu", size: int = 4) -> None:
+        """`size` is a feature map's, image_size / 32. torch.manual_seed before it seeds weights and noise."""
+        super().__init__()
+        self.config = config
+        self.policy = Policy(cameras, size, config.activation)
+        self.critics = Critics(self.policy.encoder.latent_dim, config.critics, activation=config.activation)
+        self.target_encoder = copy.deepcopy(self.policy.encoder).requires_grad_(False)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.log_temperature = nn.Parameter(torch.tensor(config.temperature_init).log())
+        self.to(device)
+        self.generator = torch.Generator(device=device).manual_seed(int(torch.randint(2**31, ())))
+        self._slow: list[Tensor] = [*self.target_encoder.parameters(), *self.target_critics.parameters()]
+        self._fast: list[Tensor] = [*self.policy.encoder.parameters(), *self.critics.parameters()]
+        self._actor = list(self.policy.actor.parameters())
+        self.critic_optimizer = torch.optim.Adam(self._fast, config.lr, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self._actor, config.lr, fused=True)
+        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], config.lr, fused=True)
+
+    def act(self, features: Tensor, state: np.ndarray, deterministic: bool, generator: torch.Generator) -> np.ndarray:
+        """The policy's action for one observation; see Policy.act."""
+        return self.policy.act(features, state, deterministic, generator)
+
+    def update_critic(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of critics and encoder towards the TD target: mean square over critics and batch."""
+        y = self._td_target(batch)
+        latent = self.policy.encoder(batch.features, self.policy.normalizer(batch.state))
+        q = self.critics(latent, batch.action)  # (E, B)
+        loss = (q - y).square().mean()
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        return {"critic_loss": loss.detach(), "q": q.detach().mean(), "td_target": y.mean()}
+
+    @torch.no_grad()
+    def _td_target(self, batch: Batch) -> Tensor:
+        """The targets (B,): next actions by the online policy, their values by the slow copies."""
+        features = batch.next_features.float()  # once for both encoders
+        state = self.policy.normalizer(batch.next_state)
+        embedded = self.policy.encoder.embed(features)
+        next_action, log_prob = self._sample(self.policy.encoder.join(self._drop(embedded), state))
+        next_q = self.target_critics(self.target_encoder(features, state), next_action)
+        if self.config.subsample is not None:
+            order = torch.randperm(len(next_q), generator=self.generator, device=next_q.device)
+            next_q = next_q[order[: self.config.subsample]]
+        if self.config.backup_entropy:
+            next_q = next_q - self.log_temperature.exp() * log_prob
+        return td_target(batch.reward, batch.terminated, next_q, self.config.discount)
+
+    def update_actor(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of the actor up the critics' value plus entropy; returns the batch's log_prob (B,) too."""
+        encoder = self.policy.encoder
+        with torch.no_grad():
+            state = self.policy.normalizer(batch.state)
+            embedded = encoder.embed(batch.features)
+            latent = encoder.join(embedded, state)
+            actor_latent = encoder.join(self._drop(embedded), state) if self.config.dropout else latent
+            temperature = self.log_temperature.exp()
+        action, log_prob = self._sample(actor_latent)
+        q = self.critics(latent, action)
+        value = q.mean(dim=0) if self.config.actor_q == "mean" else q.amin(dim=0)
+        loss = (temperature * log_prob - value).mean()
+        self.actor_optimizer.zero_grad()
+        loss.backward(inputs=self._actor)  # through the critics, without gradients for them
+        self.actor_optimizer.step()
+        log_prob = log_prob.detach()
+        return {"actor_loss": loss.detach(), "entropy": -log_prob.mean(), "log_prob": log_prob}
+
+    def update_temperature(self, log_prob: Tensor) -> dict[str, Tensor]:
+        """One step of the temperature: up where the policy's entropy is under target_entropy, else down."""
+        loss = self.log_temperature.exp() * (-log_prob.mean() - self.config.target_entropy)
+        self.temperature_optimizer.zero_grad()
+        loss.backward()
+        self.temperature_optimizer.step()
+        return {"temperature": self.log_temperature.detach().exp()}
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """Move each slow copy by tau towards what it copies."""
+        torch._foreach_lerp_(self._slow, self._fast, self.config.tau)
+
+    def _sample(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(len(latent), len(ACTION), generator=self.generator, device=latent.device)
+        return self.policy.actor.sample(latent, noise)
+
+    def _drop(self, embedded: list[Tensor]) -> list[Tensor]:
+        rate = self.config.dropout
+        return [drop(image, rate, self.generator) for image in embedded] if rate else embedded
+
+    def policy_tensors(self) -> dict[str, Tensor]:
+        """A copy on the CPU of all that the actor needs: normaliser, encoder and actor."""
+        return {name: tensor.cpu().clone() for name, tensor in self.policy.state_dict().items()}
+
+    def load_policy(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `policy_tensors` gave. Raises DataError for a tensor missing, extra or misshapen."""
+        load_strict(self.policy, tensors, "policy weights")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy on the CPU of every network, target copies and temperature included."""
+        return {name: tensor.cpu().clone() for name, tensor in self.state_dict().items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` gave, as strictly as `load_policy`."""
+        load_strict(self, tensors, "checkpoint")
+
+    def training_state(self) -> dict[str, Any]:
+        """What else the next update depends on: the optimisers' moments and the noise generator's state."""
+        state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()}
+        return copy.deepcopy({**state, "generator": self.generator.get_state()})
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `training_state` was taken, except that the step size is this config's."""
+        for name, optimizer in self._optimizers().items():
+            optimizer.load_state_dict(copy.deepcopy(state[name]))
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr
+        self.generator.set_state(state["generator"])
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "critic": self.critic_optimizer,
+            "actor": self.actor_optimizer,
+            "temperature": self.temperature_optimizer,
+        }
+
+
+def load_strict(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Load every tensor of `module`, or none: DataError names the first missing, extra or misshapen one."""
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in tensors]
+    wrong += [f"{name} is not one of this network's" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)}, must be {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise DataError(
+            f"{where}: {wrong[0]} ({len(wrong)} of {len(own)} tensors do not fit); use the config it was trained with"
+        )
+    module.load_state_dict(tensors)
