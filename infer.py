@@ -1,0 +1,137 @@
+"""Run a trained policy without learning and say how often it succeeds.
+
+    python infer.py                                    the last checkpoint of outputs/lift_sac, 50 episodes
+    python infer.py run=outputs/cube checkpoint=best episodes=20 video=outputs/cube.mp4
+
+Everything that the policy was trained with (rig, geometry, preprocessing, reward) comes from its run
+folder. In the simulation the world judges success; the classifier's verdict is the return beside it.
+"""
+
+import so101  # noqa: F401  (before torch: it says how OpenMP waits)
+
+# isort: split
+import json
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import train_sac
+from so101.config import launch, load, option
+from so101.data.video import VideoWriter
+from so101.env import Env
+from so101.errors import ConfigError, DataError
+from so101.files import write_atomic
+from so101.learn.checkpoint import find_checkpoint, load_checkpoint
+from so101.learn.networks import Policy
+from so101.learn.resnet10 import STRIDE
+from so101.learn.sac import Sac
+from so101.rig import Rig, open_rig
+from so101.robot.teleop import EVALUATION
+from so101.runlog import Progress, table, wilson_interval
+
+
+@dataclass
+class Config:
+    """Evaluating a policy."""
+
+    run: str = option("outputs/lift_sac", "run folder of train_sac.py")
+    checkpoint: str = option("last", "last, best, or a checkpoint's number")
+    episodes: int = option(50, "episodes to run")
+    seed: int = option(10_000, "seed of the fresh scenes; training used others")
+    deterministic: bool = option(True, "take the policy's mean action; false: sample")
+    video: str | None = option(None, "mp4 file to write, of what the networks see; must not exist")
+    output: str | None = option(None, "folder for eval.json; null: the run folder")
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ConfigError(f"episodes: got {self.episodes}, needs at least 1")
+
+
+def main(config: Config) -> None:
+    """Load what was trained, run it, print and store the result."""
+    run = Path(config.run)
+    if not (run / "config.json").exists():
+        raise DataError(f"{run}: holds no config.json, so it is not a run folder; train one with train_sac.py")
+    trained = load(train_sac.Config, run / "config.json")
+    eyes = train_sac.Eyes(trained)
+    policy = load_policy(run, config.checkpoint, trained, eyes)
+    with ExitStack() as stack:
+        video = None
+        if config.video is not None:
+            size = trained.preprocess.image_size
+            width = size * len(trained.rig.cameras)
+            video = stack.enter_context(closing(VideoWriter(Path(config.video), trained.env.fps, size, width)))
+        rig = stack.enter_context(open_rig(trained.rig, config.seed))
+        env = rig.make_env(trained.env, trained.preprocess, trained.reward, config.seed, rig.verdict or eyes)
+        episodes = evaluate(env, rig, policy, eyes, config.episodes, config.deterministic, video)
+    report(Path(config.output) if config.output else run, episodes, rig)
+
+
+def load_policy(run: Path, name: str, trained: train_sac.Config, eyes: train_sac.Eyes) -> Policy:
+    """The policy of a run's checkpoint, by number or as `last` or `best`."""
+    folder = find_checkpoint(run, name) if name in ("last", "best") else run / "checkpoints" / name
+    checkpoint = load_checkpoint(folder, trained.schema(), eyes.trunk_hash)
+    sac = Sac(trained.sac, len(trained.rig.cameras), size=trained.preprocess.image_size // STRIDE)
+    sac.load_tensors(checkpoint.tensors)
+    return sac.policy.eval()
+
+
+def evaluate(
+    env: Env,
+    rig: Rig,
+    policy: Policy,
+    eyes: train_sac.Eyes,
+    episodes: int,
+    deterministic: bool,
+    video: VideoWriter | None = None,
+) -> list[dict[str, Any]]:
+    """Run episodes; each gives its steps, return (the classifier's, paid once) and success.
+
+    Success is the world's verdict where there is one, else the classifier's or the person's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    results: list[dict[str, Any]] = []
+    with Progress("evaluate", episodes, "episode") as progress:
+        for _ in range(episodes):
+            rig.teleop.hear(EVALUATION)
+            observation, _ = env.reset()
+            eyes.reset()
+            steps, rewarded, done = 0, False, False
+            while not done:
+                step = env.step(policy.act(eyes.features(observation), observation.state, deterministic, generator))
+                observation = step.observation
+                if video is not None:
+                    video.add(np.concatenate(list(observation.images), axis=1))
+                rewarded = eyes.update(observation) or rewarded
+                steps += 1
+                done = step.terminated or step.truncated
+            paid = env.reward.of(rewarded) + (steps - 1) * env.reward.of(False)
+            results.append({"steps": steps, "return": paid, "success": step.success})
+            progress.update(len(results), success=f"{sum(r['success'] for r in results)}/{len(results)}")
+    return results
+
+
+def report(folder: Path, episodes: list[dict[str, Any]], rig: Rig) -> None:
+    """Print the table and the rate with its 95 % Wilson interval; write eval.json."""
+    succeeded = sum(e["success"] for e in episodes)
+    low, high = wilson_interval(succeeded, len(episodes))
+    rows = [[i + 1, e["steps"], f"{e['return']:.2f}", "yes" if e["success"] else "no"] for i, e in enumerate(episodes)]
+    print(table(["episode", "steps", "return", "success"], rows))
+    judge = "the classifier" if rig.verdict is None else "the world"
+    print(
+        f"success {succeeded} of {len(episodes)} = {succeeded / len(episodes):.0%} "
+        f"(95 % interval {low:.0%} .. {high:.0%}), judged by {judge}; "
+        f"{np.mean([e['steps'] for e in episodes]):.1f} steps an episode; "
+        f"the classifier paid in {sum(e['return'] > 0.5 for e in episodes)}"
+    )
+    summary = {"success_rate": succeeded / len(episodes), "interval": [low, high], "judge": judge, "episodes": episodes}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "eval.json", json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(launch(Config, main, __doc__))

@@ -1,0 +1,304 @@
+"""Each script's main on a tiny simulated rig, and as a process from the command line: the whole loop runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import infer
+import record
+import train_reward
+import train_sac
+from so101 import config as configs
+from so101.data.dataset import open_dataset
+from so101.data.labels import Labels, labels_path
+from so101.errors import ConfigError, DataError
+from so101.learn.checkpoint import find_checkpoint, load_checkpoint
+from so101.learn.reward import RewardConfig
+from so101.learn.sac import SacConfig
+from so101.learn.weights import write_safetensors
+from so101.runlog import read_metrics
+
+ROOT = Path(__file__).parent.parent
+SMALL_SAC = SacConfig(batch_size=16, views=1, utd_ratio=0.25, buffer_size=300)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Demonstrations and a classifier, made once by the scripts themselves."""
+    folder = tmp_path_factory.mktemp("made")
+    record.main(record.Config(dataset=str(folder / "demos"), episodes=8, failures=3, steps_after_success=8))
+    train_reward.main(
+        train_reward.Config(
+            dataset=str(folder / "demos"),
+            output=str(folder / "reward"),
+            reward=RewardConfig(views=1, steps=60, evaluate_every=20, held_out=0.4),
+        )  # fmt: skip
+    )
+    return folder
+
+
+def sac_config(made, output, **changes):
+    settings = {
+        "demonstrations": str(made / "demos"), "reward_model": str(made / "reward"), "output": str(output),
+        "steps": 60, "learning_starts": 20, "checkpoint_every": 30, "evaluation_episodes": 0, "sac": SMALL_SAC,
+    }  # fmt: skip
+    settings |= changes
+    config = train_sac.Config(**settings)
+    config.env.control_time_s = 2.0
+    return config
+
+
+def script(*arguments, cwd=ROOT, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, **kwargs
+    )
+
+
+def test_record_keeps_its_promises(made):
+    dataset = open_dataset(made / "demos")
+    labels = Labels.load(labels_path(made / "demos"))
+    assert len(dataset.episodes) == 8
+    failures = [e.index for e in dataset.episodes if labels.episodes[e.index].all_fail]
+    assert failures == [2, 5, 7]  # spread evenly
+    for episode in dataset.episodes:
+        columns, label = episode.columns(), labels.episodes[episode.index]
+        assert columns["complementary_info.is_intervention"].all()  # the person drove from the first tick
+        assert np.abs(columns["action"][:, :3]).std(axis=0).min() > 0.05  # and did drive: no zero actions
+        assert np.allclose(np.diff(columns["capture_time"]), 0.1, atol=1e-6)
+        if not label.all_fail:
+            # recording went on for 8 frames after the key, and next.reward tells the same as the label
+            assert episode.length == label.success_start + 8
+            assert columns["next.reward"].argmax() == label.success_start - 1
+            assert episode.closing().state.shape == (18,)
+
+
+def test_the_classifier_is_judged_on_episodes_it_never_saw(made):
+    about = json.loads((made / "reward" / "reward.json").read_text())
+    report = about["provenance"]["report"]
+    assert not set(report["episodes"]["train"]) & set(report["episodes"]["held_out"])
+    assert about["consecutive"] == 3 and 0 < about["threshold"] < 1
+    assert "<svg" in (made / "reward" / "report.html").read_text()
+
+
+def test_train_sac_learns_checkpoints_resumes_and_is_evaluated(made, tmp_path, capsys):
+    config = sac_config(made, tmp_path / "run", evaluation_episodes=2)
+    train_sac.main(config)
+    printed = capsys.readouterr().out
+    assert re.search(r"episode +steps +return +success", printed) and "report.html" in printed
+    run = tmp_path / "run"
+    before = load_checkpoint(run, config.schema(), None)
+    assert before.training_state["updates"] >= 10 and before.step >= 60
+    metrics = read_metrics(run)
+    assert np.isfinite([loss for loss in metrics["critic_loss"] if loss == loss]).all()
+    result = json.loads((run / "eval.json").read_text())
+    assert len(result["episodes"]) == 2 and set(result["episodes"][0]) == {"steps", "return", "success"}
+    assert configs.load(train_sac.Config, run / "config.json") == config
+    marks = np.memmap(run / "features.marks", np.uint64)
+    filled = marks.copy()
+
+    config.resume, config.steps, config.evaluation_episodes = True, 100, 0
+    train_sac.main(config)
+    assert "goes on from step" in capsys.readouterr().out
+    after = load_checkpoint(run, config.schema(), None)
+    assert after.step >= 100 and after.training_state["updates"] > before.training_state["updates"]
+    assert len(list((run / "checkpoints").glob("[0-9]*"))) >= 2
+    assert np.array_equal(marks[filled != 0], filled[filled != 0])  # cached features were kept, not made anew
+    steps = sum(episode.length for episode in open_dataset(run / "episodes").episodes)
+    assert steps == after.step
+
+
+def test_a_resumed_run_starts_from_equal_weights_and_replay(made, tmp_path):
+    config = sac_config(made, tmp_path / "run")
+    train_sac.main(config)
+    eyes = train_sac.Eyes(config)
+    run = train_sac.Run(tmp_path / "run", config, eyes, train_sac.load_demonstrations(config))
+    saved = load_checkpoint(tmp_path / "run", config.schema(), eyes.trunk_hash)
+    for name, tensor in run.sac.tensors().items():
+        assert tensor.equal(saved.tensors[name]), name
+    assert run.updates == saved.training_state["updates"] and run.steps == saved.step
+    online = run.replay.pools[1]
+    recorded = [episode.columns() for episode in open_dataset(tmp_path / "run" / "episodes").episodes]
+    assert len(online) == run.steps
+    assert np.array_equal(run.replay.action[online], np.concatenate([c["action"] for c in recorded]))
+    assert np.array_equal(run.replay.terminated[online], np.concatenate([c["next.done"] for c in recorded]))
+    by_human = np.concatenate([c["complementary_info.is_intervention"] for c in recorded])
+    assert np.array_equal(run.replay.by_human[online], by_human)
+    run.close()
+
+
+def test_infer_repeats_itself_writes_a_video_and_needs_no_leader_moves(made, tmp_path):
+    config = sac_config(made, tmp_path / "run", steps=30)
+    train_sac.main(config)
+    for name in ("a", "b"):
+        infer.main(
+            infer.Config(
+                run=config.output,
+                episodes=2,
+                output=str(tmp_path / name),
+                video=str(tmp_path / "eval.mp4") if name == "a" else None,
+            )  # fmt: skip
+        )
+    results = [json.loads((tmp_path / name / "eval.json").read_text()) for name in ("a", "b")]
+    assert results[0] == results[1]
+    assert (tmp_path / "eval.mp4").stat().st_size > 1000
+
+
+def kill_at(arguments, started, instant, signal_number):
+    """Run a script, send it a signal `instant` s after the line `started` appears; its exit code and stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not started.exists():
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()
+    time.sleep(instant)
+    process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def test_record_killed_at_any_instant_loses_at_most_the_episode_in_progress(tmp_path):
+    folder = tmp_path / "demos"
+    command = ["record.py", f"dataset={folder}", "episodes=40", "failures=0", "resume=true"]
+    rng = np.random.default_rng(0)
+    had = 0
+    for _ in range(4):
+        code, _ = kill_at(command, folder, rng.uniform(1.0, 2.5), signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        dataset = open_dataset(folder)
+        assert len(dataset.episodes) >= had
+        had = len(dataset.episodes)
+        for episode in dataset.episodes:
+            frames = sum(1 for _ in episode.frames("wrist"))
+            assert frames == episode.length == len(episode.columns()["action"])
+            assert episode.closing() is not None
+    done = script("record.py", f"dataset={folder}", f"episodes={had + 1}", "failures=0", "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert len(open_dataset(folder).episodes) == had + 1
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_a_recording_with_130_and_whole_episodes(tmp_path, signal_number):
+    folder = tmp_path / "demos"
+    code, errors = kill_at(["record.py", f"dataset={folder}", "episodes=200"], folder, 2.0, signal_number)
+    assert code == 130, errors
+    assert "Traceback" not in errors
+    assert len(open_dataset(folder).episodes) >= 1
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["train_sac.py", "sac.discuont=0.9"], 2, "unknown key 'sac.discuont'; did you mean 'sac.discount'"),
+        (["train_sac.py", "steps=true"], 2, "steps"),
+        (["train_sac.py", "preprocess.image_size=84"], 2, "must be a multiple of 32"),
+        (["train_sac.py", "--config", "nowhere.json"], 2, "nowhere.json"),
+        (["record.py", "rig.follower.port=/dev/ttyNOWHERE"], 2, "all are sim, or none is"),
+        (["train_reward.py", "dataset=nowhere"], 4, "nowhere"),
+        (["infer.py", "run=nowhere"], 4, "not a run folder"),
+        (["label.py", "dataset=nowhere"], 4, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence_and_changes_nothing(tmp_path, arguments, code, said):
+    result = script(ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert said in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.count("\n") <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_port_that_is_not_there_is_a_hardware_error(tmp_path):
+    calibration = tmp_path / "arm.json"
+    from so101.robot.calibration import save_calibration
+    from so101.sim.servos import SIM_CALIBRATION
+
+    save_calibration(calibration, SIM_CALIBRATION)
+    rig = {
+        "follower": {"port": "/dev/ttyNOWHERE", "calibration": str(calibration)},
+        "leader": {"port": "/dev/ttyNOWHERE", "calibration": str(calibration)},
+        "cameras": {"wrist": {"source": "0"}},
+    }
+    (tmp_path / "rig.json").write_text(json.dumps(rig))
+    (tmp_path / "record.json").write_text(json.dumps({"rig": "rig.json", "dataset": str(tmp_path / "demos")}))
+    result = script("record.py", "--config", tmp_path / "record.json")
+    assert result.returncode == 3 and "ttyNOWHERE" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "demos").exists()
+
+
+def test_what_exists_is_never_overwritten(made, tmp_path):
+    with pytest.raises(DataError, match="exists"):
+        record.main(record.Config(dataset=str(made / "demos")))
+    with pytest.raises(DataError, match="exists"):
+        train_reward.main(train_reward.Config(dataset=str(made / "demos"), output=str(made / "reward")))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(DataError, match="exists"):
+        train_sac.main(sac_config(made, tmp_path / "run"))
+
+
+def test_data_of_another_schema_is_refused_and_says_what_differs(made, tmp_path):
+    config = sac_config(made, tmp_path / "run")
+    config.env.action_scale = 0.01
+    with pytest.raises(DataError, match="action_scale_m is 0.02 there, 0.01 here"):
+        train_sac.main(config)
+    assert not (tmp_path / "run").exists()
+    config = train_reward.Config(dataset=str(made / "demos"), output=str(tmp_path / "reward"))
+    config.preprocess = configs.from_dict(type(config.preprocess), {"crop": [0, 0, 480, 480]}, "test")
+    with pytest.raises(DataError, match="crop"):
+        train_reward.main(config)
+    assert not (tmp_path / "reward").exists()
+
+
+def test_a_reset_at_another_height_than_the_demonstrations_is_refused(made, tmp_path):
+    config = sac_config(made, tmp_path / "run")
+    config.env.home = [0.25, 0.0, 0.03]
+    with pytest.raises(ConfigError, match="env.home"):
+        train_sac.main(config)
+
+
+def test_a_weight_file_of_another_shape_is_refused(made, tmp_path):
+    import torch
+
+    write_safetensors(tmp_path / "other.safetensors", {"embedder.0.weight": torch.zeros(3, 3)})
+    with pytest.raises(DataError, match="other.safetensors"):
+        train_sac.main(sac_config(made, tmp_path / "run", encoder=str(tmp_path / "other.safetensors")))
+
+
+def test_a_resume_with_another_config_is_refused(made, tmp_path):
+    config = sac_config(made, tmp_path / "run", steps=20)
+    train_sac.main(config)
+    config.resume, config.sac = True, SacConfig(batch_size=16, views=1, utd_ratio=0.25, buffer_size=300, lr=1e-3)
+    with pytest.raises(ConfigError, match="sac"):
+        train_sac.main(config)
+
+
+@pytest.mark.parametrize("name", ["record", "label", "train_reward", "train_sac", "infer"])
+def test_help_names_every_field_with_its_default(name):
+    result = script(f"{name}.py", "--help")
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    module = sys.modules.get(name) or __import__(name)
+    for field in module.Config.__dataclass_fields__:
+        assert field in result.stdout
+    assert "default" in result.stdout and max(map(len, result.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads_for_its_script(path):
+    script_name = json.loads(path.read_text()).get("script", "train_sac")
+    assert configs.load(sys.modules[script_name].Config, path)
+
+
+def test_the_checkpoint_named_last_is_the_newest(made, tmp_path):
+    train_sac.main(sac_config(made, tmp_path / "run", steps=60))
+    newest = max((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    assert find_checkpoint(tmp_path / "run") == newest

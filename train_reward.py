@@ -1,0 +1,136 @@
+"""Train the reward classifier: which frames show success? Split by episode, judged on held-out episodes.
+
+    python train_reward.py
+    python train_reward.py dataset=outputs/cube output=outputs/cube_reward reward.steps=1000
+
+The trunk is frozen, everything above it is trained. The folder gets model.safetensors, reward.json (with
+threshold, guard, schema and where the data came from) and report.html.
+"""
+
+import so101  # noqa: F401  (before torch: it says how OpenMP waits)
+
+# isort: split
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from so101.config import launch, option, to_dict
+from so101.data.dataset import Dataset, open_dataset
+from so101.data.labels import Labels, labels_path
+from so101.episodes import labelled_frames
+from so101.errors import DataError
+from so101.files import sha256
+from so101.learn.resnet10 import load_resnet10, trunk_hash
+from so101.learn.reward import RewardConfig, save_reward
+from so101.learn.reward_training import encode_views, train_classifier
+from so101.plots import curve, html_table, write_report
+from so101.runlog import Progress
+from so101.schema import Preprocess, require_same
+
+
+@dataclass
+class Config:
+    """Training the reward classifier."""
+
+    dataset: str = option("outputs/lift_demos", "dataset with labels beside it")
+    output: str = option("outputs/lift_reward", "folder of the classifier; must not exist")
+    encoder: str | None = option(None, "ResNet10 weight file (.safetensors); null: a seeded random start")
+    seed: int = option(0, "seed of the split, the views and the training")
+    preprocess: Preprocess = option(Preprocess(), "how a frame becomes the network's image")
+    reward: RewardConfig = option(RewardConfig(), "the classifier and its training")
+
+
+def main(config: Config) -> None:
+    """Load labelled frames, encode them once, train, choose the threshold, report."""
+    started = time.monotonic()
+    output = Path(config.output)
+    if (output / "reward.json").exists():
+        raise DataError(f"{output}: exists already; name another with output=, or use it as it is")
+    dataset = open_dataset(Path(config.dataset))
+    if dataset.schema is None:
+        raise DataError(f"{dataset.folder}: says nothing of its states and cameras; convert it first")
+    require_same(dataset.schema["image"], asdict(config.preprocess), f"{dataset.folder}, image")
+    labels_file = labels_path(dataset.folder)
+    labels = Labels.load(labels_file) if labels_file.exists() else None
+    images, states, success, episode_ids = load_frames(dataset, labels, config.preprocess)
+    print(f"{dataset.folder}: {len(success)} labelled frames, {success.sum()} of them success")
+
+    trunk = load_resnet10(config.encoder, config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    with Progress("encode", len(images), "frame") as progress:
+        features = encode_views(trunk, images, config.reward, generator, progress.update)
+    with Progress("train reward", config.reward.steps, "step") as progress:
+        detector, report = train_classifier(features, success, episode_ids, states, config.reward, progress.update)
+    provenance = {
+        "dataset": str(dataset.folder),
+        "labels_sha256": sha256(labels_file) if labels is not None else None,
+        "config": to_dict(config),
+        "report": report,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_page(output / "report.html", report)
+    save_reward(output, detector, dataset.schema, trunk_hash(trunk), provenance)
+    frames = report["at_threshold"]
+    print(
+        f"held-out episodes {report['episodes']['held_out']}: {frames['accuracy']:.1%} of frames right, "
+        f"threshold {report['threshold']:.2f}; {output} written in {time.monotonic() - started:.0f} s"
+    )
+    for problem in report["problems"]:
+        print(f"warning: {problem}")
+
+
+def load_frames(
+    dataset: Dataset, labels: Labels | None, spec: Preprocess
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
+    """All labelled observations: images (N, cameras, S, S, 3), states (N, 18), success (N,), episode ids (N,)."""
+    images, states, success, ids = [], [], [], []
+    with Progress("read", len(dataset.episodes), "episode") as progress:
+        for index, seen, felt, succeeded in labelled_frames(dataset, labels, spec):
+            images.append(seen)
+            states.append(felt)
+            success.append(succeeded)
+            ids.append(np.full(len(succeeded), index))
+            progress.update(len(ids))
+    if not ids:
+        raise DataError(f"{dataset.folder}: no episode is labelled; label some with label.py")
+    seen_frames = torch.from_numpy(np.concatenate(images))
+    return seen_frames, np.concatenate(states), np.concatenate(success), np.concatenate(ids)
+
+
+def write_page(path: Path, report: dict[str, Any]) -> None:
+    """report.html: losses, the precision-recall curve, and what the detector did in each held-out episode."""
+    losses = report["losses"]
+    points = [p for p in report["curve"] if p["precision"] is not None]
+    held = report["held_out"]
+    chosen = {name: report[name] for name in ("threshold", "threshold_range", "threshold_rule", "f_half", "guard")}
+    write_report(
+        path,
+        "Reward classifier",
+        [
+            ("Chosen", html_table(["what", "value"], [*chosen.items(), *report["at_threshold"].items()])),
+            ("Problems", html_table(["problem"], [[p] for p in report["problems"]]) if report["problems"] else "none"),
+            (
+                "Loss",
+                curve("loss", "step", "cross entropy", {
+                    "training": (losses["step"], losses["train"]),
+                    "held out": (losses["step"], losses["held_out"]),
+                }),
+            ),
+            (
+                "Frames of held-out episodes",
+                curve("precision and recall", "threshold", "", {
+                    "precision": ([p["threshold"] for p in points], [p["precision"] for p in points]),
+                    "recall": ([p["threshold"] for p in points], [p["recall"] for p in points]),
+                }),
+            ),
+            ("Held-out episodes", html_table(list(held[0]), [list(e.values()) for e in held])),
+        ],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(launch(Config, main, __doc__))

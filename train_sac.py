@@ -1,0 +1,428 @@
+"""Train a policy with SAC on the robot while a person steps in (HIL-SERL, Luo et al. 2024).
+
+    python train_sac.py                                in the simulation, from nothing to a policy
+    python train_sac.py rig.operator.interventions=false output=outputs/lift_demos_only
+    python train_sac.py resume=true                    go on after an interruption
+
+What is missing is made first: demonstrations and labels (record.py), the reward classifier
+(train_reward.py). At the end the policy is evaluated (infer.py). The run folder holds config.json,
+metrics.csv, events.jsonl, episodes/ (a dataset of every online episode), features.f16, checkpoints/,
+eval.json and report.html.
+"""
+
+import so101  # noqa: F401  (before torch: it says how OpenMP waits)
+
+# isort: split
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import record
+import train_reward
+from so101 import config as configs
+from so101.config import launch, option
+from so101.data.dataset import DatasetWriter, open_dataset
+from so101.data.labels import EpisodeLabel, Labels, labels_path
+from so101.env import Env, EnvConfig, Observation, Step
+from so101.episodes import Trajectory, first_success, observed_success, trajectory
+from so101.errors import ConfigError, DataError
+from so101.learn.checkpoint import load_checkpoint, save_checkpoint
+from so101.learn.link import Corrected, Link, Moved, Seen, Started, Weights
+from so101.learn.networks import Policy
+from so101.learn.replay import Replay, ViewEncoder
+from so101.learn.resnet10 import STRIDE, load_resnet10, trunk_hash
+from so101.learn.reward import load_reward
+from so101.learn.sac import Sac, SacConfig
+from so101.plots import curve, html_table, write_report
+from so101.rig import Rig, RigConfig, open_rig
+from so101.robot.teleop import TRAINING
+from so101.runlog import Progress, RunLog, new_run_folder, read_metrics
+from so101.schema import ACTION, TOOL_XYZ, Preprocess, RewardSpec, describe, require_same, schema_hash
+
+CUT_AFTER = 3  # labelled successes in a row at which a demonstration ends for SAC, as online
+START_TOLERANCE = 0.02  # m; a start further than this from every demonstration's is a wrong reset
+
+
+@dataclass
+class Config:
+    """Training a policy."""
+
+    output: str = option("outputs/lift_sac", "run folder; must not exist unless resume=true")
+    demonstrations: str = option("outputs/lift_demos", "dataset of demonstrations; recorded first if missing")
+    reward_model: str = option("outputs/lift_reward", "folder of the reward classifier; trained first if missing")
+    encoder: str | None = option(None, "ResNet10 weight file (.safetensors); null: a seeded random start")
+    mode: Literal["alternate"] = option("alternate", "actor and learner take turns in one process")
+    steps: int = option(2500, "environment steps of training")
+    learning_starts: int = option(100, "environment steps with random actions before learning starts")
+    checkpoint_every: int = option(500, "environment steps between checkpoints")
+    evaluation_episodes: int = option(50, "episodes of the evaluation at the end; 0: none")
+    resume: bool = option(False, "go on with a run that is there, from its last checkpoint and its episodes")
+    seed: int = option(0, "seed of everything random")
+    device: str = option("cpu", "cpu, cuda or mps")
+    rig: RigConfig = option(RigConfig(), "arms, cameras, person")
+    env: EnvConfig = option(EnvConfig(), "the task's geometry and timing")
+    preprocess: Preprocess = option(Preprocess(), "how a frame becomes the network's image")
+    reward: RewardSpec = option(RewardSpec(), "what a transition pays")
+    sac: SacConfig = option(SacConfig(), "the algorithm")
+
+    def schema(self) -> dict:
+        """What data and weights of this run agree on."""
+        env = self.env
+        return describe(self.preprocess, list(self.rig.cameras), env.fps, env.action_scale, env.gripper_step)
+
+
+def main(config: Config) -> None:
+    """Make what is missing, train, evaluate, report."""
+    started = time.monotonic()
+    folder = Path(config.output)
+    check_run(folder, config)
+    make_missing(config)
+    eyes = Eyes(config)
+    demonstrations = load_demonstrations(config)
+    with ExitStack() as stack:
+        run = stack.enter_context(closing(Run(folder, config, eyes, demonstrations)))
+        rig = stack.enter_context(open_rig(config.rig, config.seed + 1 + run.steps))
+        env = rig.make_env(config.env, config.preprocess, config.reward, config.seed + 1 + run.steps, eyes)
+        learner = run_learner(config, run)
+        for _ in run_actor(config, run, env, rig, eyes):
+            next(learner)
+    run_report(folder)
+    if config.evaluation_episodes:
+        import infer  # infer.py reads this script's Config, so it cannot be imported before that exists
+
+        infer.main(infer.Config(run=config.output, episodes=config.evaluation_episodes, seed=config.seed + 10_000))
+    run_report(folder)
+    print(f"{time.monotonic() - started:.0f} s in all; report: {folder / 'report.html'}")
+
+
+def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: "Eyes") -> Iterator[None]:
+    """Act, step, send: one environment step at each `next`, until the run has its steps."""
+    policy = Policy(len(config.rig.cameras), config.preprocess.image_size // STRIDE, config.sac.activation).eval()
+    rng = np.random.default_rng([config.seed, run.steps])
+    noise = torch.Generator().manual_seed(config.seed + run.steps)
+    version, steps, quits = -1, run.steps, False
+    while steps < config.steps and not quits:
+        rig.teleop.hear(TRAINING)
+        observation, pressed = env.reset()
+        run.take_verdict(pressed)
+        run.check_start(observation)
+        run.link.send(Started(eyes.see(observation)))
+        started, taken, ended = observation.time, [], False
+        while not ended:
+            if (weights := run.link.newest(version)) is not None:
+                eyes.require_trunk(weights.trunk_hash)
+                policy.load_state_dict(weights.tensors)
+                version = weights.version
+            if version < 0:  # nothing learned yet
+                action = rng.uniform(-1, 1, len(ACTION))
+            else:
+                action = policy.act(eyes.features(observation), observation.state, False, noise)
+            step = env.step(action)
+            quits = "quit" in step.events
+            truncated = step.truncated or (bool(step.events & {"quit", "end"}) and not step.terminated)
+            run.episodes.add(
+                observation.state, step.action, observation.frames,
+                reward=float(step.success), done=step.terminated, truncated=truncated,
+                is_intervention=step.by_human, capture_time=observation.time - started,
+            )  # fmt: skip
+            observation = step.observation
+            seen = eyes.see(observation)
+            run.link.send(Moved(step.action, step.reward, step.terminated, truncated, step.by_human, seen))
+            taken.append(step)
+            steps += 1
+            ended = step.terminated or truncated
+            if ended:  # on disk before the learner goes on from it
+                run.episodes.save_episode(observation.state, observation.frames, observation.time - started)
+                run.log_episode(steps, taken)
+            yield
+
+
+def run_learner(config: Config, run: "Run") -> Iterator[None]:
+    """Take in experience, make the updates that it allows, offer the weights: once at each `next`."""
+    sac, replay = run.sac, run.replay
+    slot = last = -1
+    allowed = 0.0
+    while True:
+        for message in run.link.receive():
+            if isinstance(message, Corrected):
+                replay.correct(last, message.reward, message.terminated)
+                continue
+            now = replay.add_observation(*message.seen)
+            if isinstance(message, Moved):
+                replay.add_transition(
+                    slot, now, message.action, message.reward, message.terminated, message.truncated, message.by_human
+                )
+                last = slot
+                run.steps += 1
+                allowed += config.sac.utd_ratio
+            slot = now
+        if run.steps >= config.learning_starts:
+            while allowed >= 1:
+                allowed -= 1
+                run.updates += 1
+                batch = replay.sample(config.sac.batch_size).to(config.device)
+                metrics = sac.update_critic(batch)
+                if run.updates % config.sac.actor_every == 0:
+                    metrics |= sac.update_actor(batch)
+                    metrics |= sac.update_temperature(metrics.pop("log_prob"))
+                sac.update_targets()
+                if run.updates % 100 == 0:
+                    run.log_update(metrics)
+            run.link.publish(Weights(run.updates, sac.policy_tensors(), run.trunk_hash))
+        if run.steps % config.checkpoint_every == 0 or run.steps >= config.steps:
+            run.save_checkpoint()
+        yield
+
+
+class Eyes:
+    """The frozen trunk and the classifier on it: each frame is encoded once, for policy, reward and replay."""
+
+    def __init__(self, config: Config) -> None:
+        trunk = load_resnet10(config.encoder, config.seed).to(config.device)
+        self.trunk_hash = trunk_hash(trunk)
+        self.encoder = ViewEncoder(trunk, config.sac.views, config.sac.pad, config.seed)
+        self.detector = load_reward(Path(config.reward_model), config.schema(), self.trunk_hash)
+
+    def features(self, observation: Observation) -> torch.Tensor:
+        """The unshifted view's features (cameras, C, h, w), which policy and classifier use."""
+        return self.encoder.encode(observation.images)[0]
+
+    def see(self, observation: Observation) -> Seen:
+        """The observation as the learner stores it."""
+        return Seen(observation.images, observation.state, self.encoder.encode(observation.images))
+
+    def require_trunk(self, other: str) -> None:
+        """Refuse weights that were trained on another trunk's features."""
+        if other != self.trunk_hash:
+            raise DataError(f"weights: trained on encoder {other[:12]}, this one is {self.trunk_hash[:12]}")
+
+    def reset(self) -> None:
+        """An episode begins."""
+        self.detector.reset()
+
+    def update(self, observation: Observation) -> bool:
+        """Whether the classifier, its guard and its vote see success."""
+        return self.detector.update(self.detector.probability(self.features(observation)), observation.state)
+
+
+class Run:
+    """What a run holds beside its loops: networks, replay, episodes, log, counters. Made new or taken up again."""
+
+    def __init__(self, folder: Path, config: Config, eyes: Eyes, demonstrations: list[Trajectory]) -> None:
+        if not folder.exists():
+            configs.save(config, new_run_folder(folder) / "config.json")
+        self.folder, self.config, self.trunk_hash = folder, config, eyes.trunk_hash
+        self.log, self.link = RunLog(folder), Link()
+        self.progress = Progress("train", config.steps, "step")
+        self.recent: deque[bool] = deque(maxlen=20)  # success of the last episodes
+        self.episodes = self._open_episodes()
+        self.starts = np.stack([d.states[0][TOOL_XYZ] for d in demonstrations])
+        cameras, size = len(config.rig.cameras), config.preprocess.image_size
+        torch.manual_seed(config.seed)
+        self.sac = Sac(config.sac, cameras, config.device, size // STRIDE)
+        self.sac.generator.manual_seed(config.seed)
+        self.sac.policy.normalizer.fit(np.concatenate([d.states for d in demonstrations]))
+        key = {"trunk": eyes.trunk_hash, "schema": schema_hash(config.schema())}
+        frames = sum(len(d.states) for d in demonstrations)
+        self.replay = Replay(eyes.encoder, folder, key, cameras, size, frames, config.sac.buffer_size, seed=config.seed)
+        for demonstration in demonstrations:
+            self._add(demonstration, demonstration=True)
+        self.steps = self._add_recorded()
+        self.updates = 0
+        if self.steps:
+            self._load_checkpoint()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.progress.close()
+        self.episodes.close()
+
+    def take_verdict(self, pressed: frozenset[str]) -> None:
+        """A key pressed while the arm reset corrects the episode just ended, here and in its labels."""
+        if not pressed & {"success", "failure"} or not self.recent:
+            return
+        success = "failure" not in pressed
+        self.recent[-1] = success
+        self.link.send(Corrected(self.config.reward.of(success), terminated=True))
+        path = labels_path(self.episodes.folder)
+        labels = Labels.load(path) if path.exists() else Labels(self.episodes.folder.name)
+        index = self.episodes.episodes - 1
+        length = open_dataset(self.episodes.folder).episodes[index].length
+        labels.set(index, EpisodeLabel(success_start=length) if success else EpisodeLabel(all_fail=True))
+        labels.save(path)
+        self.log.event("corrected", episode=index, success=success)
+
+    def check_start(self, observation: Observation) -> None:
+        """Refuse to train from where no demonstration started: hours went into a reset at another height."""
+        tool = observation.state[TOOL_XYZ]
+        outside = np.maximum(self.starts.min(axis=0) - tool, tool - self.starts.max(axis=0))
+        if outside.max() > START_TOLERANCE:
+            raise ConfigError(
+                f"env.home: the episode starts with the tool at {tool.round(3).tolist()} m, the demonstrations at "
+                f"{self.starts.mean(axis=0).round(3).tolist()}; more than {START_TOLERANCE} m off. Use their home"
+            )
+
+    def log_episode(self, steps: int, taken: list[Step]) -> None:
+        """One row of metrics and one line of progress for a finished episode."""
+        self.recent.append(taken[-1].success)
+        by_human = sum(step.by_human for step in taken)
+        self.log.metrics(
+            step=steps, episode=self.episodes.episodes - 1, episode_steps=len(taken),
+            episode_return=sum(step.reward for step in taken), success=taken[-1].success,
+            success_last_20=sum(self.recent) / len(self.recent), intervention_share=by_human / len(taken),
+            largest_lag_m=max(step.lag for step in taken), overruns=sum(step.late > 0 for step in taken),
+        )  # fmt: skip
+        self.progress.update(
+            steps, episode=self.episodes.episodes, success_last_20=f"{sum(self.recent)}/{len(self.recent)}",
+            updates=self.updates,
+        )  # fmt: skip
+
+    def log_update(self, metrics: dict[str, torch.Tensor]) -> None:
+        """One row of metrics for the learner."""
+        self.log.metrics(step=self.steps, updates=self.updates, **{name: float(m) for name, m in metrics.items()})
+
+    def save_checkpoint(self) -> None:
+        """Everything that a resume cannot rebuild from demonstrations and episodes."""
+        state = {
+            "sac": self.sac.training_state(), "updates": self.updates, "steps": self.steps,
+            "replay": self.replay.rng_state(), "recent": list(self.recent),
+        }  # fmt: skip
+        save_checkpoint(
+            self.folder, self.steps, self.sac.tensors(), state,
+            configs.to_dict(self.config), self.config.schema(), self.trunk_hash,
+        )  # fmt: skip
+
+    def _load_checkpoint(self) -> None:
+        if not (self.folder / "checkpoints" / "last").exists():
+            return  # killed before the first: the recorded episodes are all there is, and learning starts from them
+        checkpoint = load_checkpoint(self.folder, self.config.schema(), self.trunk_hash)
+        self.sac.load_tensors(checkpoint.tensors)
+        self.sac.load_training_state(checkpoint.training_state["sac"])
+        self.replay.load_rng_state(checkpoint.training_state["replay"])
+        self.updates = checkpoint.training_state["updates"]
+        self.recent.extend(checkpoint.training_state["recent"])
+        print(f"{self.folder}: goes on from step {self.steps}, update {self.updates}")
+
+    def _open_episodes(self) -> DatasetWriter:
+        folder, config = self.folder / "episodes", self.config
+        start = DatasetWriter.resume if folder.exists() else DatasetWriter.create
+        cameras = {name: (camera.height, camera.width) for name, camera in config.rig.cameras.items()}
+        writer = start(folder, fps=config.env.fps, cameras=cameras, task="online", schema=config.schema())
+        for leftover in writer.recovered:
+            print(f"set aside from an interrupted run: {leftover}")
+        return writer
+
+    def _add_recorded(self) -> int:
+        """Put the recorded online episodes back into replay; returns their steps."""
+        path = labels_path(self.episodes.folder)
+        corrections = Labels.load(path) if path.exists() else Labels(self.episodes.folder.name)
+        steps = 0
+        for episode in open_dataset(self.episodes.folder).episodes:
+            corrected = episode.index in corrections.episodes
+            success = observed_success(episode, corrections if corrected else None)
+            assert success is not None
+            self._add(trajectory(episode, success, self.config.preprocess, self.config.reward, consecutive=1))
+            steps += episode.length
+        return steps
+
+    def _add(self, path: Trajectory, demonstration: bool = False) -> None:
+        add = self.replay.add_observation
+        slots = [
+            add(images, state, None, demonstration) for images, state in zip(path.images, path.states, strict=True)
+        ]
+        for t, action in enumerate(path.actions):
+            self.replay.add_transition(
+                slots[t], slots[t + 1], action, path.rewards[t], path.terminated[t], path.truncated[t], path.by_human[t]
+            )
+
+
+def check_run(folder: Path, config: Config) -> None:
+    """Refuse a run folder that exists, or with resume=true one that was started with another config."""
+    if not folder.exists():
+        return
+    if not config.resume:
+        raise DataError(f"{folder}: exists and is never overwritten; name another with output=, or resume=true")
+    before, now = (configs.to_dict(c) for c in (configs.load(Config, folder / "config.json"), config))
+    free = ("resume", "steps", "evaluation_episodes")  # what a person may change on the way
+    differing = [key for key in now if key not in free and now[key] != before[key]]
+    if differing:
+        raise ConfigError(f"{folder}: was started with another {', '.join(differing)}; a resume keeps its config")
+
+
+def load_demonstrations(config: Config) -> list[Trajectory]:
+    """The demonstrations that succeed, cut at their success."""
+    folder = Path(config.demonstrations)
+    dataset = open_dataset(folder)
+    if dataset.schema is None:
+        raise DataError(f"{folder}: says nothing of its actions and states; convert it first")
+    require_same(dataset.schema, config.schema(), str(folder))
+    path = labels_path(folder)
+    labels = Labels.load(path) if path.exists() else None
+    found = []
+    for episode in dataset.episodes:
+        success = observed_success(episode, labels)
+        if success is not None and first_success(success, CUT_AFTER) is not None:
+            found.append(trajectory(episode, success, config.preprocess, config.reward, CUT_AFTER))
+    if not found:
+        raise DataError(f"{folder}: has no demonstration that succeeds; label one, or record more")
+    return found
+
+
+def make_missing(config: Config) -> None:
+    """Record demonstrations and train the classifier where they are not there yet, saying so."""
+    demonstrations, reward_model = Path(config.demonstrations), Path(config.reward_model)
+    wanted = record.Config(
+        dataset=config.demonstrations, resume=True, seed=config.seed,
+        rig=config.rig, env=config.env, preprocess=config.preprocess,
+    )  # fmt: skip
+    if record.unfinished(wanted):
+        print(f"no demonstrations in {demonstrations}: recording {wanted.episodes} episodes first (record.py)")
+        record.main(wanted)
+    if not (reward_model / "reward.json").exists():
+        print(f"no reward classifier in {reward_model}: training it first (train_reward.py)")
+        train_reward.main(
+            train_reward.Config(
+                dataset=config.demonstrations,
+                output=config.reward_model,
+                encoder=config.encoder,
+                seed=config.seed,
+                preprocess=config.preprocess,
+            )  # fmt: skip
+        )
+
+
+def run_report(folder: Path) -> None:
+    """report.html: the curves of metrics.csv, and the evaluation where there is one."""
+    metrics = read_metrics(folder)
+    steps = metrics.get("step", [])
+    sections = []
+    for title, names in (
+        ("success", ("success_last_20", "intervention_share")),
+        ("episode length", ("episode_steps",)),
+        ("value", ("q", "td_target")),
+        ("losses", ("critic_loss", "actor_loss")),
+        ("entropy", ("entropy",)),
+        ("temperature", ("temperature",)),
+    ):
+        series = {name: (steps, metrics[name]) for name in names if name in metrics}
+        if series:
+            sections.append((title, curve(title, "environment step", "", series)))
+    evaluation = folder / "eval.json"
+    if evaluation.exists():
+        result = json.loads(evaluation.read_text())
+        rows = [[i + 1, e["steps"], f"{e['return']:.2f}", e["success"]] for i, e in enumerate(result["episodes"])]
+        heading = f"evaluation: {result['success_rate']:.0%}, judged by {result['judge']}"
+        sections.insert(0, (heading, html_table(["episode", "steps", "return", "success"], rows)))
+    write_report(folder / "report.html", str(folder), sections)
+
+
+if __name__ == "__main__":
+    raise SystemExit(launch(Config, main, __doc__))
