@@ -9,7 +9,7 @@ so that the classifier sees many positive frames. Each finished episode is on di
 """
 
 import json
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from so101.config import launch, option, save
 from so101.data.dataset import DatasetWriter, open_dataset
 from so101.data.labels import EpisodeLabel, Labels, labels_path
 from so101.env import Env, EnvConfig
-from so101.errors import ConfigError
+from so101.errors import ConfigError, DataError
 from so101.rig import RigConfig, open_rig
 from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE
 from so101.runlog import Progress
@@ -65,32 +65,36 @@ def unfinished(config: Config) -> bool:
 def main(config: Config) -> None:
     """Record until the dataset holds `config.episodes` episodes."""
     folder = Path(config.dataset)
-    cameras = {name: (camera.height, camera.width) for name, camera in config.rig.cameras.items()}
+    had = len(open_dataset(folder).episodes) if folder.exists() else 0
+    if folder.exists() and not config.resume:
+        raise DataError(
+            f"{folder}: exists with {had} episodes; name another with dataset=, or add to it with resume=true"
+        )
+    if had >= config.episodes:
+        print(f"{folder}: holds {had} episodes already")
+        return
+    seed = config.seed + 1_000_003 * had  # a resumed recording draws fresh scenes, not its first ones again
+    cameras = config.rig.frame_sizes
     schema = describe(
         config.preprocess, list(cameras), config.env.fps, config.env.action_scale, config.env.gripper_step
     )
-    start = DatasetWriter.resume if config.resume and folder.exists() else DatasetWriter.create
-    with closing(start(folder, fps=config.env.fps, cameras=cameras, task=config.task, schema=schema)) as writer:
-        for leftover in writer.recovered:
-            print(f"set aside from an interrupted recording: {leftover}")
-        if writer.episodes >= config.episodes:
-            print(f"{folder}: holds {writer.episodes} episodes already")
-            return
+    with ExitStack() as stack:
+        rig = stack.enter_context(open_rig(config.rig, seed))
+        env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)
+        writer = DatasetWriter.open(folder, fps=config.env.fps, cameras=cameras, task=config.task, schema=schema)
+        stack.enter_context(closing(writer))
         save(config, folder.with_name(f"{folder.name}.record.json"))
         labels = Labels.load(labels_path(folder)) if labels_path(folder).exists() else Labels(folder.name)
-        # A resumed recording draws fresh scenes instead of repeating its first ones.
-        seed = config.seed + 1_000_003 * writer.episodes
-        with open_rig(config.rig, seed) as rig, Progress("record", config.episodes, "episode") as progress:
-            env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)
-            while writer.episodes < config.episodes:
-                rig.teleop.hear(DEMONSTRATE_FAILURE if is_failure(writer.episodes, config) else DEMONSTRATE)
-                label, wants_to_quit = record_episode(env, writer, config)
-                if wants_to_quit:
-                    break
-                if label is not None:
-                    labels.set(writer.episodes - 1, label)
-                    labels.save(labels_path(folder))
-                progress.update(writer.episodes, success=sum(not label.all_fail for label in labels.episodes.values()))
+        progress = stack.enter_context(Progress("record", config.episodes, "episode"))
+        while writer.episodes < config.episodes:
+            rig.teleop.hear(DEMONSTRATE_FAILURE if is_failure(writer.episodes, config) else DEMONSTRATE)
+            label, wants_to_quit = record_episode(env, writer, config)
+            if wants_to_quit:
+                break
+            if label is not None:
+                labels.set(writer.episodes - 1, label)
+                labels.save(labels_path(folder))
+            progress.update(writer.episodes, success=sum(not label.all_fail for label in labels.episodes.values()))
     print(f"{folder}: {writer.episodes} episodes; labels in {labels_path(folder)}")
 
 

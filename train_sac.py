@@ -48,6 +48,7 @@ from so101.runlog import Progress, RunLog, new_run_folder, read_metrics
 from so101.schema import ACTION, TOOL_XYZ, Preprocess, RewardSpec, describe, require_same, schema_hash
 
 CUT_AFTER = 3  # labelled successes in a row at which a demonstration ends for SAC, as online
+LOG_EVERY = 50  # updates; reading the numbers makes the learner wait for its device
 START_TOLERANCE = 0.02  # m; a start further than this from every demonstration's is a wrong reset
 
 
@@ -174,7 +175,7 @@ def run_learner(config: Config, run: "Run") -> Iterator[None]:
                     metrics |= sac.update_actor(batch)
                     metrics |= sac.update_temperature(metrics.pop("log_prob"))
                 sac.update_targets()
-                if run.updates % 100 == 0:
+                if run.updates % LOG_EVERY == 0:
                     run.log_update(metrics)
             run.link.publish(Weights(run.updates, sac.policy_tensors(), run.trunk_hash))
         if run.steps % config.checkpoint_every == 0 or run.steps >= config.steps:
@@ -223,7 +224,10 @@ class Run:
         self.log, self.link = RunLog(folder), Link()
         self.progress = Progress("train", config.steps, "step")
         self.recent: deque[bool] = deque(maxlen=20)  # success of the last episodes
-        self.episodes = self._open_episodes()
+        self.episodes = DatasetWriter.open(
+            folder / "episodes",
+            fps=config.env.fps, cameras=config.rig.frame_sizes, task="online", schema=config.schema(),
+        )  # fmt: skip
         self.starts = np.stack([d.states[0][TOOL_XYZ] for d in demonstrations])
         cameras, size = len(config.rig.cameras), config.preprocess.image_size
         torch.manual_seed(config.seed)
@@ -310,15 +314,6 @@ class Run:
         self.updates = checkpoint.training_state["updates"]
         self.recent.extend(checkpoint.training_state["recent"])
         print(f"{self.folder}: goes on from step {self.steps}, update {self.updates}")
-
-    def _open_episodes(self) -> DatasetWriter:
-        folder, config = self.folder / "episodes", self.config
-        start = DatasetWriter.resume if folder.exists() else DatasetWriter.create
-        cameras = {name: (camera.height, camera.width) for name, camera in config.rig.cameras.items()}
-        writer = start(folder, fps=config.env.fps, cameras=cameras, task="online", schema=config.schema())
-        for leftover in writer.recovered:
-            print(f"set aside from an interrupted run: {leftover}")
-        return writer
 
     def _add_recorded(self) -> int:
         """Put the recorded online episodes back into replay; returns their steps."""

@@ -61,6 +61,11 @@ class RigConfig:
     pace: float | None = option(None, "simulated seconds per real one; null: as fast as it goes")
 
     @property
+    def frame_sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width in pixels of each camera's frames."""
+        return {name: (camera.height, camera.width) for name, camera in self.cameras.items()}
+
+    @property
     def simulated(self) -> bool:
         """Whether the arm that acts is a simulated one."""
         return self.follower.port == "sim"

@@ -27,7 +27,7 @@ from so101.learn.weights import write_safetensors
 from so101.runlog import read_metrics
 
 ROOT = Path(__file__).parent.parent
-SMALL_SAC = SacConfig(batch_size=16, views=1, utd_ratio=0.25, buffer_size=300)
+SMALL_SAC = SacConfig(batch_size=16, views=1, utd_ratio=2, buffer_size=300)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_an_interrupt_ends_a_recording_with_130_and_whole_episodes(tmp_path, sig
 @pytest.mark.parametrize(
     "arguments, code, said",
     [
-        (["train_sac.py", "sac.discuont=0.9"], 2, "unknown key 'sac.discuont'; did you mean 'sac.discount'"),
+        (["train_sac.py", "sac.discuont=0.9"], 2, "unknown key 'sac.discuont'; did you mean 'discount'"),
         (["train_sac.py", "steps=true"], 2, "steps"),
         (["train_sac.py", "preprocess.image_size=84"], 2, "must be a multiple of 32"),
         (["train_sac.py", "--config", "nowhere.json"], 2, "nowhere.json"),
@@ -277,7 +277,7 @@ def test_a_weight_file_of_another_shape_is_refused(made, tmp_path):
 def test_a_resume_with_another_config_is_refused(made, tmp_path):
     config = sac_config(made, tmp_path / "run", steps=20)
     train_sac.main(config)
-    config.resume, config.sac = True, SacConfig(batch_size=16, views=1, utd_ratio=0.25, buffer_size=300, lr=1e-3)
+    config.resume, config.sac = True, SacConfig(batch_size=16, views=1, utd_ratio=2, buffer_size=300, lr=1e-3)
     with pytest.raises(ConfigError, match="sac"):
         train_sac.main(config)
 

@@ -277,6 +277,23 @@ class DatasetWriter:
         require_same(found.schema, json.loads(json.dumps(schema)), str(folder))
         return cls(Path(folder), _read_info(Path(folder)), task)
 
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        fps: float,
+        cameras: Mapping[str, tuple[int, int]],
+        task: str,
+        schema: dict[str, Any],
+    ) -> "DatasetWriter":
+        """`resume` where the folder is there, else `create`; prints what a kill had left behind."""
+        start = cls.resume if Path(folder).exists() else cls.create
+        writer = start(folder, fps=fps, cameras=cameras, task=task, schema=schema)
+        for leftover in writer.recovered:
+            print(f"{folder}: set aside from an interrupted recording: {leftover}")
+        return writer
+
     @property
     def episodes(self) -> int:
         """How many episodes are saved."""
