@@ -32,7 +32,7 @@ class Config:
 
     dataset: str = option("outputs/lift_demos", "folder of the dataset; must not exist unless resume=true")
     task: str = option("lift the cube", "the task in words, stored with each episode")
-    episodes: int = option(30, "episodes in all, deliberate failures included")
+    episodes: int = option(50, "episodes in all, deliberate failures included")
     failures: int = option(10, "of these, deliberate failures, spread evenly; the classifier needs them")
     steps_after_success: int | None = option(12, "steps recorded after the success key; null: until time is up")
     resume: bool = option(False, "append to a dataset that is there, up to `episodes` in all")

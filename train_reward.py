@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     images, states, success, episode_ids = load_frames(dataset, labels, config.preprocess)
     print(f"{dataset.folder}: {len(success)} labelled frames, {success.sum()} of them success")
 
-    trunk = load_resnet10(config.encoder, config.seed)
+    trunk = load_resnet10(config.encoder)
     generator = torch.Generator().manual_seed(config.seed)
     with Progress("encode", len(images), "frame") as progress:
         features = encode_views(trunk, images, config.reward, generator, progress.update)

@@ -72,7 +72,7 @@ class Config:
     env: EnvConfig = option(EnvConfig(), "the task's geometry and timing")
     preprocess: Preprocess = option(Preprocess(), "how a frame becomes the network's image")
     reward: RewardSpec = option(RewardSpec(), "what a transition pays")
-    sac: SacConfig = option(SacConfig(), "the algorithm")
+    sac: SacConfig = option(SacConfig(batch_size=128, utd_ratio=4), "the algorithm; two laptop cores keep up with this")
 
     def schema(self) -> dict:
         """What data and weights of this run agree on."""
@@ -187,7 +187,7 @@ class Eyes:
     """The frozen trunk and the classifier on it: each frame is encoded once, for policy, reward and replay."""
 
     def __init__(self, config: Config) -> None:
-        trunk = load_resnet10(config.encoder, config.seed).to(config.device)
+        trunk = load_resnet10(config.encoder).to(config.device)
         self.trunk_hash = trunk_hash(trunk)
         self.encoder = ViewEncoder(trunk, config.sac.views, config.sac.pad, config.seed)
         self.detector = load_reward(Path(config.reward_model), config.schema(), self.trunk_hash)
@@ -224,6 +224,7 @@ class Run:
         self.log, self.link = RunLog(folder), Link()
         self.progress = Progress("train", config.steps, "step")
         self.recent: deque[bool] = deque(maxlen=20)  # success of the last episodes
+        self.alone: deque[bool] = deque(maxlen=20)  # the same, without help
         self.episodes = DatasetWriter.open(
             folder / "episodes",
             fps=config.env.fps, cameras=config.rig.frame_sizes, task="online", schema=config.schema(),
@@ -276,17 +277,20 @@ class Run:
 
     def log_episode(self, steps: int, taken: list[Step]) -> None:
         """One row of metrics and one line of progress for a finished episode."""
-        self.recent.append(taken[-1].success)
         by_human = sum(step.by_human for step in taken)
+        self.recent.append(taken[-1].success)
+        self.alone.append(taken[-1].success and not by_human)
         self.log.metrics(
             step=steps, episode=self.episodes.episodes - 1, episode_steps=len(taken),
             episode_return=sum(step.reward for step in taken), success=taken[-1].success,
-            success_last_20=sum(self.recent) / len(self.recent), intervention_share=by_human / len(taken),
+            success_last_20=sum(self.recent) / len(self.recent),
+            success_alone_last_20=sum(self.alone) / len(self.alone),
+            intervention_share=by_human / len(taken),
             largest_lag_m=max(step.lag for step in taken), overruns=sum(step.late > 0 for step in taken),
         )  # fmt: skip
         self.progress.update(
-            steps, episode=self.episodes.episodes, success_last_20=f"{sum(self.recent)}/{len(self.recent)}",
-            updates=self.updates,
+            steps, episode=self.episodes.episodes, success=f"{sum(self.recent)}/{len(self.recent)}",
+            alone=f"{sum(self.alone)}/{len(self.alone)}", updates=self.updates,
         )  # fmt: skip
 
     def log_update(self, metrics: dict[str, torch.Tensor]) -> None:
@@ -297,7 +301,7 @@ class Run:
         """Everything that a resume cannot rebuild from demonstrations and episodes."""
         state = {
             "sac": self.sac.training_state(), "updates": self.updates, "steps": self.steps,
-            "replay": self.replay.rng_state(), "recent": list(self.recent),
+            "replay": self.replay.rng_state(), "recent": list(self.recent), "alone": list(self.alone),
         }  # fmt: skip
         save_checkpoint(
             self.folder, self.steps, self.sac.tensors(), state,
@@ -313,6 +317,7 @@ class Run:
         self.replay.load_rng_state(checkpoint.training_state["replay"])
         self.updates = checkpoint.training_state["updates"]
         self.recent.extend(checkpoint.training_state["recent"])
+        self.alone.extend(checkpoint.training_state["alone"])
         print(f"{self.folder}: goes on from step {self.steps}, update {self.updates}")
 
     def _add_recorded(self) -> int:
@@ -400,7 +405,7 @@ def run_report(folder: Path) -> None:
     steps = metrics.get("step", [])
     sections = []
     for title, names in (
-        ("success", ("success_last_20", "intervention_share")),
+        ("success", ("success_last_20", "success_alone_last_20", "intervention_share")),
         ("episode length", ("episode_steps",)),
         ("value", ("q", "td_target")),
         ("losses", ("critic_loss", "actor_loss")),

@@ -298,3 +298,14 @@ def test_one_seed_repeats_an_episode_bit_for_bit():
 
     for a, b in zip(run(), run(), strict=True):
         assert a.state.tobytes() == b.state.tobytes() and a.images.tobytes() == b.images.tobytes()
+
+
+def test_a_second_interrupt_releases_the_arm_at_once():
+    def impatient(dt):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), an_env() as (env, rig):
+        servos = servos_of(rig.arm)
+        env.reset()
+        rig.clock.on_substep.append(impatient)  # while the arm is on its way to rest
+    assert not servos.torque_on.any()

@@ -65,7 +65,7 @@ def test_the_simulated_person_helps_only_after_it_has_watched_and_then_succeeds(
     env, rig = training
     rig.teleop.hear(teleop.TRAINING)
     env.reset()
-    steps = [env.step(np.zeros(4)) for _ in range(20)]
+    steps = [env.step(np.zeros(4)) for _ in range(RigConfig().operator.explore_steps)]
     assert not any(step.by_human for step in steps)
     steps = []
     while not (steps and steps[-1].terminated) and len(steps) < 30:

@@ -80,7 +80,8 @@ def safe_close(arm: Arm, clock: Clock, rest: np.ndarray) -> None:
     """Lift, ease to `rest` (6,), and release the torque once the measured pose is at rest.
 
     Where the arm cannot be brought to rest it is held, and a sentence on stderr says that it must be
-    supported. Never raises a UserError, so that it cannot hide the error that led here.
+    supported; a second Ctrl-C releases it at once. Never raises a UserError, so that it cannot hide the
+    error that led here.
     """
     try:
         lift(arm, clock)
@@ -95,5 +96,9 @@ def safe_close(arm: Arm, clock: Clock, rest: np.ndarray) -> None:
             )
             return
         arm.set_torque(False)
+    except KeyboardInterrupt:
+        arm.set_torque(False)
+        print("interrupted again: the arm was released where it was", file=sys.stderr)
+        raise
     except UserError as error:
         print(f"closing the arm: {error}. It may still hold: support it before cutting its power", file=sys.stderr)

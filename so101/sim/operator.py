@@ -33,8 +33,8 @@ class OperatorConfig:
     speed: float = option(0.02, "how far the hand moves in one step at most, metres per axis")
     interventions: bool = option(True, "step in while the policy trains; false: demonstrations only")
     help_share: float = option(1.0, "share of the training episodes in which help is given when it is needed")
-    explore_steps: int = option(20, "steps that the policy is left alone before each intervention")
-    guide_steps: int = option(15, "steps that an intervention lasts at most")
+    explore_steps: int = option(10, "steps that the policy is left alone before each intervention")
+    guide_steps: int = option(12, "steps that an intervention lasts at most")
 
 
 class Operator:
@@ -74,6 +74,7 @@ class Operator:
         self._cue = cue
         self._ticks = 0
         self._driving = False
+        self._patience = self.config.explore_steps
         self._closing = 0
         self._marked = False
         self._wander = np.zeros(3)
@@ -104,10 +105,10 @@ class Operator:
             return ["failure"]
         if not self._helps:
             return []
-        phase = (self._ticks - 1) % (self.config.explore_steps + self.config.guide_steps)
-        wants_to_drive = phase >= self.config.explore_steps
-        if wants_to_drive != self._driving:
-            self._driving = wants_to_drive
+        self._patience -= 1
+        if self._patience < 0 and (self._driving or not self.world.held):  # a policy that holds the cube is let be
+            self._driving = not self._driving
+            self._patience = self.config.guide_steps if self._driving else self.config.explore_steps
             self._closing, self._motion = 0, np.zeros(3)
             return ["intervene"]
         if self._driving:
