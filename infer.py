@@ -14,24 +14,25 @@ import json
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-import train_sac
-from so101.config import launch, load, option
+from so101.config import from_dict, launch, option
 from so101.data.video import VideoWriter
-from so101.env import Env
+from so101.env import Env, EnvConfig
 from so101.errors import ConfigError, DataError
 from so101.files import write_atomic
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
+from so101.learn.eyes import Eyes
 from so101.learn.networks import Policy
 from so101.learn.resnet10 import STRIDE
-from so101.learn.sac import Sac
-from so101.rig import Rig, open_rig
+from so101.learn.sac import Sac, SacConfig
+from so101.rig import Rig, RigConfig, describe_task, open_rig
 from so101.robot.teleop import EVALUATION
 from so101.runlog import Progress, table, wilson_interval
+from so101.schema import Preprocess, RewardSpec
 
 
 @dataclass
@@ -54,11 +55,10 @@ class Config:
 def main(config: Config) -> None:
     """Load what was trained, run it, print and store the result."""
     run = Path(config.run)
-    if not (run / "config.json").exists():
-        raise DataError(f"{run}: holds no config.json, so it is not a run folder; train one with train_sac.py")
-    trained = load(train_sac.Config, run / "config.json")
-    eyes = train_sac.Eyes(trained)
-    policy = load_policy(run, config.checkpoint, trained, eyes)
+    trained = Trained.of(run)
+    schema = describe_task(trained.rig, trained.env, trained.preprocess)
+    eyes = Eyes(trained.encoder, Path(trained.reward_model), schema, views=0, pad=0, seed=0, device="cpu")
+    policy = load_policy(run, config.checkpoint, trained.sac, schema, eyes.trunk_hash)
     with ExitStack() as stack:
         video = None
         if config.video is not None:
@@ -71,20 +71,48 @@ def main(config: Config) -> None:
     report(Path(config.output) if config.output else run, episodes, rig)
 
 
-def load_policy(run: Path, name: str, trained: train_sac.Config, eyes: train_sac.Eyes) -> Policy:
+class Trained(NamedTuple):
+    """The parts of a run's config that its policy needs, to run as it was trained."""
+
+    rig: RigConfig
+    env: EnvConfig
+    preprocess: Preprocess
+    reward: RewardSpec
+    sac: SacConfig
+    encoder: str | None
+    reward_model: str
+
+    @classmethod
+    def of(cls, run: Path) -> "Trained":
+        """From the run folder's config.json. Raises DataError where there is none."""
+        path = run / "config.json"
+        if not path.exists():
+            raise DataError(f"{run}: holds no config.json, so it is not a run folder; train one with train_sac.py")
+        stored = json.loads(path.read_text())
+        sections = {
+            "rig": RigConfig,
+            "env": EnvConfig,
+            "preprocess": Preprocess,
+            "reward": RewardSpec,
+            "sac": SacConfig,
+        }
+        built = {name: from_dict(section, stored[name], f"{path}: {name}") for name, section in sections.items()}
+        return cls(**built, encoder=stored["encoder"], reward_model=stored["reward_model"])
+
+
+def load_policy(run: Path, name: str, sac: SacConfig, schema: dict, trunk_hash: str) -> Policy:
     """The policy of a run's checkpoint, by number or as `last` or `best`."""
     folder = find_checkpoint(run, name) if name in ("last", "best") else run / "checkpoints" / name
-    checkpoint = load_checkpoint(folder, trained.schema(), eyes.trunk_hash)
-    sac = Sac(trained.sac, len(trained.rig.cameras), size=trained.preprocess.image_size // STRIDE)
-    sac.load_tensors(checkpoint.tensors)
-    return sac.policy.eval()
+    agent = Sac(sac, len(schema["cameras"]), size=schema["image"]["image_size"] // STRIDE)
+    agent.load_tensors(load_checkpoint(folder, schema, trunk_hash).tensors)
+    return agent.policy.eval()
 
 
 def evaluate(
     env: Env,
     rig: Rig,
     policy: Policy,
-    eyes: train_sac.Eyes,
+    eyes: Eyes,
     episodes: int,
     deterministic: bool,
     video: VideoWriter | None = None,

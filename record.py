@@ -20,10 +20,10 @@ from so101.data.dataset import DatasetWriter, open_dataset
 from so101.data.labels import EpisodeLabel, Labels, labels_path
 from so101.env import Env, EnvConfig
 from so101.errors import ConfigError, DataError
-from so101.rig import RigConfig, open_rig
+from so101.rig import RigConfig, describe_task, open_rig
 from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE
 from so101.runlog import Progress
-from so101.schema import ACTION, Preprocess, RewardSpec, describe
+from so101.schema import ACTION, Preprocess, RewardSpec
 
 
 @dataclass
@@ -75,9 +75,7 @@ def main(config: Config) -> None:
         return
     seed = config.seed + 1_000_003 * had  # a resumed recording draws fresh scenes, not its first ones again
     cameras = config.rig.frame_sizes
-    schema = describe(
-        config.preprocess, list(cameras), config.env.fps, config.env.action_scale, config.env.gripper_step
-    )
+    schema = describe_task(config.rig, config.env, config.preprocess)
     with ExitStack() as stack:
         rig = stack.enter_context(open_rig(config.rig, seed))
         env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)

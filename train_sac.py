@@ -25,6 +25,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+import infer
 import record
 import train_reward
 from so101 import config as configs
@@ -35,17 +36,17 @@ from so101.env import Env, EnvConfig, Observation, Step
 from so101.episodes import Trajectory, first_success, observed_success, trajectory
 from so101.errors import ConfigError, DataError
 from so101.learn.checkpoint import load_checkpoint, save_checkpoint
-from so101.learn.link import Corrected, Link, Moved, Seen, Started, Weights
+from so101.learn.eyes import Eyes
+from so101.learn.link import Corrected, Link, Moved, Started, Weights
 from so101.learn.networks import Policy
-from so101.learn.replay import Replay, ViewEncoder
-from so101.learn.resnet10 import STRIDE, load_resnet10, trunk_hash
-from so101.learn.reward import load_reward
+from so101.learn.replay import Replay
+from so101.learn.resnet10 import STRIDE
 from so101.learn.sac import Sac, SacConfig
 from so101.plots import curve, html_table, write_report
-from so101.rig import Rig, RigConfig, open_rig
+from so101.rig import Rig, RigConfig, describe_task, open_rig
 from so101.robot.teleop import TRAINING
 from so101.runlog import Progress, RunLog, new_run_folder, read_metrics
-from so101.schema import ACTION, TOOL_XYZ, Preprocess, RewardSpec, describe, require_same, schema_hash
+from so101.schema import ACTION, TOOL_XYZ, Preprocess, RewardSpec, require_same, schema_hash
 
 CUT_AFTER = 3  # labelled successes in a row at which a demonstration ends for SAC, as online
 LOG_EVERY = 50  # updates; reading the numbers makes the learner wait for its device
@@ -61,7 +62,7 @@ class Config:
     reward_model: str = option("outputs/lift_reward", "folder of the reward classifier; trained first if missing")
     encoder: str | None = option(None, "ResNet10 weight file (.safetensors); null: a seeded random start")
     mode: Literal["alternate"] = option("alternate", "actor and learner take turns in one process")
-    steps: int = option(2500, "environment steps of training")
+    steps: int = option(2000, "environment steps of training")
     learning_starts: int = option(100, "environment steps with random actions before learning starts")
     checkpoint_every: int = option(500, "environment steps between checkpoints")
     evaluation_episodes: int = option(50, "episodes of the evaluation at the end; 0: none")
@@ -76,8 +77,7 @@ class Config:
 
     def schema(self) -> dict:
         """What data and weights of this run agree on."""
-        env = self.env
-        return describe(self.preprocess, list(self.rig.cameras), env.fps, env.action_scale, env.gripper_step)
+        return describe_task(self.rig, self.env, self.preprocess)
 
 
 def main(config: Config) -> None:
@@ -86,7 +86,10 @@ def main(config: Config) -> None:
     folder = Path(config.output)
     check_run(folder, config)
     make_missing(config)
-    eyes = Eyes(config)
+    sac = config.sac
+    eyes = Eyes(
+        config.encoder, Path(config.reward_model), config.schema(), sac.views, sac.pad, config.seed, config.device
+    )
     demonstrations = load_demonstrations(config)
     with ExitStack() as stack:
         run = stack.enter_context(closing(Run(folder, config, eyes, demonstrations)))
@@ -97,14 +100,12 @@ def main(config: Config) -> None:
             next(learner)
     run_report(folder)
     if config.evaluation_episodes:
-        import infer  # infer.py reads this script's Config, so it cannot be imported before that exists
-
         infer.main(infer.Config(run=config.output, episodes=config.evaluation_episodes, seed=config.seed + 10_000))
     run_report(folder)
     print(f"{time.monotonic() - started:.0f} s in all; report: {folder / 'report.html'}")
 
 
-def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: "Eyes") -> Iterator[None]:
+def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: Eyes) -> Iterator[None]:
     """Act, step, send: one environment step at each `next`, until the run has its steps."""
     policy = Policy(len(config.rig.cameras), config.preprocess.image_size // STRIDE, config.sac.activation).eval()
     rng = np.random.default_rng([config.seed, run.steps])
@@ -181,37 +182,6 @@ def run_learner(config: Config, run: "Run") -> Iterator[None]:
         if run.steps % config.checkpoint_every == 0 or run.steps >= config.steps:
             run.save_checkpoint()
         yield
-
-
-class Eyes:
-    """The frozen trunk and the classifier on it: each frame is encoded once, for policy, reward and replay."""
-
-    def __init__(self, config: Config) -> None:
-        trunk = load_resnet10(config.encoder).to(config.device)
-        self.trunk_hash = trunk_hash(trunk)
-        self.encoder = ViewEncoder(trunk, config.sac.views, config.sac.pad, config.seed)
-        self.detector = load_reward(Path(config.reward_model), config.schema(), self.trunk_hash)
-
-    def features(self, observation: Observation) -> torch.Tensor:
-        """The unshifted view's features (cameras, C, h, w), which policy and classifier use."""
-        return self.encoder.encode(observation.images)[0]
-
-    def see(self, observation: Observation) -> Seen:
-        """The observation as the learner stores it."""
-        return Seen(observation.images, observation.state, self.encoder.encode(observation.images))
-
-    def require_trunk(self, other: str) -> None:
-        """Refuse weights that were trained on another trunk's features."""
-        if other != self.trunk_hash:
-            raise DataError(f"weights: trained on encoder {other[:12]}, this one is {self.trunk_hash[:12]}")
-
-    def reset(self) -> None:
-        """An episode begins."""
-        self.detector.reset()
-
-    def update(self, observation: Observation) -> bool:
-        """Whether the classifier, its guard and its vote see success."""
-        return self.detector.update(self.detector.probability(self.features(observation)), observation.state)
 
 
 class Run:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import serial
@@ -20,7 +21,7 @@ from so101.robot.camera import Camera, CameraConfig
 from so101.robot.kinematics import jaw_angle
 from so101.robot.safety import SafetyConfig
 from so101.robot.teleop import Leader, Teleop, TerminalKeys
-from so101.schema import JOINTS, Preprocess, RewardSpec
+from so101.schema import JOINTS, Preprocess, RewardSpec, describe
 from so101.sim.camera import CameraConfig as SimCameraConfig
 from so101.sim.camera import Scene, SimCamera
 from so101.sim.operator import Operator, OperatorConfig
@@ -98,6 +99,11 @@ class WorldVerdict:
         """True when the cube has been held up for VERDICT_TICKS observations in a row."""
         self._ticks = self._ticks + 1 if self.world.lifted else 0
         return self._ticks >= VERDICT_TICKS
+
+
+def describe_task(rig: RigConfig, env: EnvConfig, preprocess: Preprocess) -> dict[str, Any]:
+    """The schema of what is recorded and trained on this rig; see schema.describe."""
+    return describe(preprocess, list(rig.cameras), env.fps, env.action_scale, env.gripper_step)
 
 
 @dataclass

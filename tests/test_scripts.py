@@ -21,6 +21,7 @@ from so101.data.dataset import open_dataset
 from so101.data.labels import Labels, labels_path
 from so101.errors import ConfigError, DataError
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
+from so101.learn.eyes import Eyes
 from so101.learn.reward import RewardConfig
 from so101.learn.sac import SacConfig
 from so101.learn.weights import write_safetensors
@@ -119,7 +120,7 @@ def test_train_sac_learns_checkpoints_resumes_and_is_evaluated(made, tmp_path, c
 def test_a_resumed_run_starts_from_equal_weights_and_replay(made, tmp_path):
     config = sac_config(made, tmp_path / "run")
     train_sac.main(config)
-    eyes = train_sac.Eyes(config)
+    eyes = Eyes(None, made / "reward", config.schema(), config.sac.views, config.sac.pad, config.seed, "cpu")
     run = train_sac.Run(tmp_path / "run", config, eyes, train_sac.load_demonstrations(config))
     saved = load_checkpoint(tmp_path / "run", config.schema(), eyes.trunk_hash)
     for name, tensor in run.sac.tensors().items():
