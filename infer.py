@@ -1,7 +1,7 @@
 """Run a trained policy without learning and say how often it succeeds.
 
     python infer.py                                    the last checkpoint of outputs/lift_sac, 50 episodes
-    python infer.py run=outputs/cube checkpoint=best episodes=20 video=outputs/cube.mp4
+    python infer.py run=outputs/cube checkpoint=001500 episodes=20 video=outputs/cube.mp4
 
 Everything that the policy was trained with (rig, geometry, preprocessing, reward) comes from its run
 folder. In the simulation the world judges success; the classifier's verdict is the return beside it.
@@ -40,7 +40,7 @@ class Config:
     """Evaluating a policy."""
 
     run: str = option("outputs/lift_sac", "run folder of train_sac.py")
-    checkpoint: str = option("last", "last, best, or a checkpoint's number")
+    checkpoint: str = option("last", "last, or a checkpoint's number: the name of its folder")
     episodes: int = option(50, "episodes to run")
     seed: int = option(10_000, "seed of the fresh scenes; training used others")
     deterministic: bool = option(True, "take the policy's mean action; false: sample")
@@ -101,8 +101,8 @@ class Trained(NamedTuple):
 
 
 def load_policy(run: Path, name: str, sac: SacConfig, schema: dict, trunk_hash: str) -> Policy:
-    """The policy of a run's checkpoint, by number or as `last` or `best`."""
-    folder = find_checkpoint(run, name) if name in ("last", "best") else run / "checkpoints" / name
+    """The policy of a run's checkpoint, by number or `last`."""
+    folder = find_checkpoint(run) if name == "last" else run / "checkpoints" / name
     agent = Sac(sac, len(schema["cameras"]), size=schema["image"]["image_size"] // STRIDE)
     agent.load_tensors(load_checkpoint(folder, schema, trunk_hash).tensors)
     return agent.policy.eval()

@@ -27,7 +27,7 @@ from so101.files import sha256
 from so101.learn.resnet10 import load_resnet10, trunk_hash
 from so101.learn.reward import RewardConfig, save_reward
 from so101.learn.reward_training import encode_views, train_classifier
-from so101.plots import curve, html_table, write_report
+from so101.plots import curve, html_table, image_tag, write_report
 from so101.runlog import Progress
 from so101.schema import Preprocess, require_same
 
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
         "report": report,
     }
     output.mkdir(parents=True, exist_ok=True)
-    write_page(output / "report.html", report)
+    write_page(output / "report.html", report, images, success)
     save_reward(output, detector, dataset.schema, trunk_hash(trunk), provenance)
     frames = report["at_threshold"]
     print(
@@ -101,8 +101,13 @@ def load_frames(
     return seen_frames, np.concatenate(states), np.concatenate(success), np.concatenate(ids)
 
 
-def write_page(path: Path, report: dict[str, Any]) -> None:
-    """report.html: losses, the precision-recall curve, and what the detector did in each held-out episode."""
+def write_page(path: Path, report: dict[str, Any], images: torch.Tensor, success: np.ndarray) -> None:
+    """report.html: what was labelled, losses, precision and recall, and what happened in each held-out episode."""
+
+    def some(frames: np.ndarray) -> str:
+        chosen = frames[np.linspace(0, len(frames) - 1, 10).astype(int)]
+        return "".join(image_tag(images[frame, 0].numpy(), 96) for frame in chosen)
+
     losses = report["losses"]
     points = [p for p in report["curve"] if p["precision"] is not None]
     held = report["held_out"]
@@ -113,6 +118,8 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
         [
             ("Chosen", html_table(["what", "value"], [*chosen.items(), *report["at_threshold"].items()])),
             ("Problems", html_table(["problem"], [[p] for p in report["problems"]]) if report["problems"] else "none"),
+            ("Some successes, as the network sees them", some(np.flatnonzero(success))),
+            ("Some of the rest", some(np.flatnonzero(~success))),
             (
                 "Loss",
                 curve("loss", "step", "cross entropy", {

@@ -37,7 +37,7 @@ from so101.episodes import Trajectory, first_success, observed_success, trajecto
 from so101.errors import ConfigError, DataError
 from so101.learn.checkpoint import load_checkpoint, save_checkpoint
 from so101.learn.eyes import Eyes
-from so101.learn.link import Corrected, Link, Moved, Started, Weights
+from so101.learn.link import Corrected, Discarded, Link, Moved, Started, Weights
 from so101.learn.networks import Policy
 from so101.learn.replay import Replay
 from so101.learn.resnet10 import STRIDE
@@ -128,6 +128,12 @@ def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: Eyes) -> Ite
             else:
                 action = policy.act(eyes.features(observation), observation.state, False, noise)
             step = env.step(action)
+            if "redo" in step.events:
+                run.episodes.discard_episode()
+                run.link.send(Discarded())
+                steps -= len(taken)
+                yield
+                break
             quits = "quit" in step.events
             truncated = step.truncated or (bool(step.events & {"quit", "end"}) and not step.terminated)
             run.episodes.add(
@@ -150,21 +156,28 @@ def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: Eyes) -> Ite
 def run_learner(config: Config, run: "Run") -> Iterator[None]:
     """Take in experience, make the updates that it allows, offer the weights: once at each `next`."""
     sac, replay = run.sac, run.replay
-    slot = last = -1
+    slot = last = first = -1  # of the newest observation, the newest transition, the episode's first observation
+    moved = 0  # transitions of this episode
     allowed = 0.0
     while True:
         for message in run.link.receive():
             if isinstance(message, Corrected):
                 replay.correct(last, message.reward, message.terminated)
                 continue
+            if isinstance(message, Discarded):
+                replay.discard(first)
+                run.steps -= moved
+                continue
             now = replay.add_observation(*message.seen)
             if isinstance(message, Moved):
                 replay.add_transition(
                     slot, now, message.action, message.reward, message.terminated, message.truncated, message.by_human
                 )
-                last = slot
+                last, moved = slot, moved + 1
                 run.steps += 1
                 allowed += config.sac.utd_ratio
+            else:
+                first, moved = now, 0
             slot = now
         if run.steps >= config.learning_starts:
             while allowed >= 1:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from so101.errors import DataError
-from so101.learn.checkpoint import find_checkpoint, load_checkpoint, mark_best, save_checkpoint
+from so101.learn.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 SCHEMA = {"fps": 10.0, "cameras": ["wrist"]}
 
@@ -42,10 +42,9 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
         assert loaded.config == {"lr": 3e-4} and loaded.schema == SCHEMA and loaded.trunk_hash == "a" * 64
 
 
-def test_last_and_best_name_their_checkpoints_and_all_are_kept(tmp_path):
+def test_last_names_the_newest_checkpoint_and_all_are_kept(tmp_path):
     paths = [save(tmp_path, step) for step in (100, 200, 300)]
-    mark_best(paths[1])
-    assert find_checkpoint(tmp_path) == paths[2] and find_checkpoint(tmp_path, "best") == paths[1]
+    assert find_checkpoint(tmp_path) == paths[2]
     assert all((path / "model.safetensors").exists() for path in paths)
 
 

@@ -274,6 +274,15 @@ def test_a_hot_servo_stops_the_arm_by_name():
             env.step(STILL)
 
 
+def test_a_servo_that_reports_a_fault_stops_the_arm_by_name_and_fault():
+    with an_env() as (env, rig):
+        env.reset()
+        servos_of(rig.arm).condition[5] = 32
+        with pytest.raises(SafetyStop, match="gripper: servo reports overload"):
+            env.step(STILL)
+        servos_of(rig.arm).condition[5] = 0
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 
 from so101.errors import ConfigError
-from so101.robot.kinematics import URDF_LIMITS, forward, jacobian, jaw_frame, rpy, solve_ik
+from so101.robot.kinematics import URDF_LIMITS, forward, jacobian, jaw_pose, rpy, solve_ik
 
 DATA = Path(__file__).parent / "data"
 FK = json.loads((DATA / "fk_cases.json").read_text())
 IK = json.loads((DATA / "ik_cases.json").read_text())
 LOW, HIGH = URDF_LIMITS[:5].T
 HOME = np.array([-0.00084, 0.15639, -0.16078, 1.5708, 1.5708])  # straight down over (0.25, 0, 0.07)
+
+
+def jaw_frame(joints):
+    """moving_jaw_link in the base frame, through gripper_link."""
+    position, rotation = forward(joints, "gripper_link")
+    origin, axes = jaw_pose(joints[5])
+    return position + rotation @ origin, rotation @ axes
 
 
 def miss(joints: np.ndarray, target: np.ndarray, frame: str = "tool") -> float:

@@ -229,8 +229,6 @@ def test_cache_equals_encoding_the_shifted_pixels(tmp_path, trunk):
     slots = [replay.add_observation(frame(time, 2, 64), state(time)) for time in range(5)]
     for slot, after in zip(slots, slots[1:], strict=False):
         replay.add_transition(slot, after, np.full(4, 0.1, np.float32), 1.0, False, False, False)
-    replay.refresh(2)
-    assert sorted(replay.round[slots]) == [0, 0, 0, 1, 1]
     draw = replay.draw(8)
     cached, pixels = replay.gather(draw), replay.gather_pixels(draw)
     assert cached.features.dtype == torch.float16 and cached.features.shape == (8, 2, 512, 2, 2)
@@ -279,11 +277,11 @@ def test_resume_of_a_ring_that_went_round(tmp_path, trunk):
     first = make_replay(trunk, tmp_path, online=12)
     for start in (0, 20, 40):
         add_episode(first, start, 5)  # 6 observations each: the first episode's are gone
-    resumed, encoded = make_replay(trunk, tmp_path, online=12), trunk.images
-    resumed.skip(6)
-    add_episode(resumed, 20, 5)
-    add_episode(resumed, 40, 5)
-    assert trunk.images == encoded
+    features = first.file.features.copy()
+    resumed = make_replay(trunk, tmp_path, online=12)
+    for start in (0, 20, 40):
+        add_episode(resumed, start, 5)
+    assert (resumed.file.features == features).all()
     assert (resumed.state == first.state).all() and (resumed.next_slot == first.next_slot).all()
     assert (resumed.pools[1] == first.pools[1]).all()
 

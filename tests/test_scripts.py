@@ -25,6 +25,8 @@ from so101.learn.eyes import Eyes
 from so101.learn.reward import RewardConfig
 from so101.learn.sac import SacConfig
 from so101.learn.weights import write_safetensors
+from so101.rig import open_rig
+from so101.robot import teleop
 from so101.runlog import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -134,6 +136,50 @@ def test_a_resumed_run_starts_from_equal_weights_and_replay(made, tmp_path):
     by_human = np.concatenate([c["complementary_info.is_intervention"] for c in recorded])
     assert np.array_equal(run.replay.by_human[online], by_human)
     run.close()
+
+
+def test_redo_and_a_late_verdict_reach_replay_and_disk(made, tmp_path):
+    """A person who presses r in the first episode, and f while the arm resets after the second."""
+    config = sac_config(made, tmp_path / "run", steps=60)
+
+    class Person:
+        def __init__(self, operator):
+            self.operator, self.episodes, self.polls = operator, 0, 0
+
+        def hear(self, cue):
+            self.operator.hear(cue)
+            if cue == teleop.TRAINING:
+                self.episodes, self.polls = self.episodes + 1, 0
+
+        def poll(self):
+            self.polls += 1
+            pressed = self.operator.poll()
+            if self.episodes == 1 and self.polls == 6:
+                return ["redo"]
+            return ["failure"] if self.episodes == 3 and self.polls == 1 else pressed
+
+        def close(self):
+            pass
+
+    eyes = Eyes(None, made / "reward", config.schema(), config.sac.views, config.sac.pad, config.seed, "cpu")
+    run = train_sac.Run(tmp_path / "run", config, eyes, train_sac.load_demonstrations(config))
+    with open_rig(config.rig, 1) as rig:
+        rig.teleop.keys = Person(rig.teleop.keys)
+        env = rig.make_env(config.env, config.preprocess, config.reward, 1, eyes)
+        learner = train_sac.run_learner(config, run)
+        for _ in train_sac.run_actor(config, run, env, rig, eyes):
+            next(learner)
+        next(learner)
+    run.close()
+    recorded = open_dataset(tmp_path / "run" / "episodes").episodes
+    online = run.replay.pools[1]
+    assert len(online) == run.steps == sum(episode.length for episode in recorded)
+    assert np.array_equal(run.replay.action[online], np.concatenate([e.columns()["action"] for e in recorded]))
+    # the first recorded episode is the second that began; the verdict came during the reset that followed it
+    last = recorded[0].length - 1
+    assert run.replay.terminated[online[last]] and run.replay.reward[online[last]] == 0
+    labels = Labels.load(labels_path(tmp_path / "run" / "episodes"))
+    assert labels.episodes[0].all_fail and list(labels.episodes) == [0]
 
 
 def test_infer_repeats_itself_writes_a_video_and_needs_no_leader_moves(made, tmp_path):

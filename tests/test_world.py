@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from so101.errors import ConfigError
-from so101.robot.kinematics import URDF_LIMITS, forward, jaw_frame, solve_ik
+from so101.robot.kinematics import URDF_LIMITS, forward, jaw_pose, solve_ik
 from so101.sim.contact import (
     grasp_holds,
     gravity_torque,
@@ -81,6 +81,13 @@ class Bench:
         x, y, _ = self.tool
         self.lead(x, y, 0.02)
         self.jaw_to(CLOSED)
+
+
+def jaw_frame(joints):
+    """moving_jaw_link in the base frame, through gripper_link."""
+    position, rotation = forward(joints, "gripper_link")
+    origin, axes = jaw_pose(joints[5])
+    return position + rotation @ origin, rotation @ axes
 
 
 def lowest_tip(angle: np.ndarray) -> float:

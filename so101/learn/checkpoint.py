@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: each a folder, whole or absent; `last` and `best` are text files naming one.
+"""Checkpoints of a training run: each a folder, whole or absent; `last` is a text file naming one.
 
 A kill at any instant leaves what was there before. A checkpoint is never written over another.
 """
@@ -65,18 +65,13 @@ def save_checkpoint(
     return folder / name
 
 
-def mark_best(checkpoint: Path) -> None:
-    """Make `best` name this checkpoint."""
-    write_atomic(checkpoint.parent / "best", checkpoint.name + "\n")
-
-
-def find_checkpoint(run_folder: Path, mark: str = "last") -> Path:
-    """The folder that `last` (or `best`) names. Raises DataError where there is none."""
-    marker = run_folder / "checkpoints" / mark
+def find_checkpoint(run_folder: Path) -> Path:
+    """The folder that `last` names. Raises DataError where there is none."""
+    marker = run_folder / "checkpoints" / "last"
     try:
         name = marker.read_text().strip()
     except OSError as error:
-        raise DataError(f"{run_folder}: has no checkpoint marked {mark!r} ({marker} cannot be read)") from error
+        raise DataError(f"{run_folder}: has no checkpoint yet ({marker} cannot be read)") from error
     if not name or not (marker.parent / name).is_dir():
         raise DataError(f"{marker}: names {name!r}, which is no checkpoint beside it")
     return marker.parent / name

@@ -43,6 +43,10 @@ class Corrected(NamedTuple):
     terminated: bool
 
 
+class Discarded(NamedTuple):
+    """The episode in progress never was: the person wants it again."""
+
+
 class Weights(NamedTuple):
     """Everything of the policy that is trained; the frozen trunk is named by its hash and does not travel."""
 
@@ -51,18 +55,21 @@ class Weights(NamedTuple):
     trunk_hash: str
 
 
+Experience = Started | Moved | Corrected | Discarded
+
+
 class Link:
     """Both directions in one process. Experience queues up; of the weights only the newest count."""
 
     def __init__(self) -> None:
-        self._experience: deque[Started | Moved | Corrected] = deque()
+        self._experience: deque[Experience] = deque()
         self._weights: Weights | None = None
 
-    def send(self, message: Started | Moved | Corrected) -> None:
+    def send(self, message: Experience) -> None:
         """Actor: hand experience to the learner."""
         self._experience.append(message)
 
-    def receive(self) -> list[Started | Moved | Corrected]:
+    def receive(self) -> list[Experience]:
         """Learner: all experience since the last call, oldest first."""
         messages = list(self._experience)
         self._experience.clear()

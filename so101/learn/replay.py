@@ -6,7 +6,7 @@ again; the rest are a ring in which the oldest online observation makes way for 
 transition that started from it goes with it.
 
 For each camera a slot takes (1 + views) x 16 KB of the feature file and 48 KB of memory for the frame at
-128 x 128 pixels: 30,000 slots with 2 views are 1.5 GB each. Both are taken only as slots are filled.
+128 x 128 pixels: 30,000 slots with 4 views are 2.5 and 1.5 GB. Both are taken only as slots are filled.
 """
 
 import itertools
@@ -64,10 +64,10 @@ class ViewEncoder:
         self.trunk, self.views, self.pad, self.seed = trunk, views, pad, seed
         self._last: tuple[np.ndarray, Tensor] | None = None
 
-    def shifted(self, images: np.ndarray, round: int = 0) -> Tensor:
+    def shifted(self, images: np.ndarray) -> Tensor:
         """The views in pixels, uint8 (1 + views, cameras, S, S, 3); the first is not shifted."""
         frame = torch.from_numpy(images.copy())
-        generator = torch.Generator().manual_seed(_seed(frame.numpy(), self.seed, int(round)))
+        generator = torch.Generator().manual_seed(zlib.crc32(frame.numpy().tobytes()) ^ self.seed)
         copies = frame.expand(self.views, *frame.shape)
         return torch.cat([frame[None], random_shift(copies, self.pad, generator)])
 
@@ -159,8 +159,7 @@ class Replay:
         self.action = np.zeros((slots, len(ACTION)), np.float32)
         self.reward = np.zeros(slots, np.float32)
         self.terminated, self.truncated, self.by_human = np.zeros((3, slots), bool)
-        self.filled, self.starts = np.zeros((2, slots), bool)  # holds an observation; a transition starts from it
-        self.round = np.zeros(slots, np.int64)  # how often a slot's views were refreshed
+        self.starts = np.zeros(slots, bool)  # a transition starts from this slot
         self.demo_count = self.online_count = 0  # observations ever added
         self.rng = np.random.default_rng(seed)
         self._pools: tuple[np.ndarray, np.ndarray] | None = None
@@ -188,8 +187,7 @@ class Replay:
             slot = self.demo_capacity + number % self.online_capacity
             self.online_count += 1
         self.images[slot], self.state[slot] = images, state
-        self.filled[slot], self.starts[slot] = True, False
-        self.round[slot] = 0
+        self.starts[slot] = False
         self._pools = None
         mark = _mark(demonstration, number, self.state[slot])
         if views is not None:
@@ -233,18 +231,6 @@ class Replay:
         positions = np.arange(self.online_count, self.online_count + count)
         self.starts[self.demo_capacity + positions % self.online_capacity] = False
         self._pools = None
-
-    def skip(self, observations: int) -> None:
-        """Pass over online observations that a resume need not read, as later ones would replace them."""
-        self.online_count += observations
-
-    def refresh(self, count: int) -> None:
-        """Encode the `count` least refreshed observations anew, with other shifts, when there is time."""
-        filled = np.flatnonzero(self.filled)
-        for slot in filled[np.argsort(self.round[filled], kind="stable")[:count]]:
-            self.round[slot] += 1
-            views = self.encoder.run_trunk(self.encoder.shifted(self.images[slot], self.round[slot])).half()
-            self.file.write(slot, views, int(self.file.marks[slot]))
 
     @property
     def pools(self) -> tuple[np.ndarray, np.ndarray]:
@@ -292,7 +278,7 @@ class Replay:
 
     def _encoded(self, slots: np.ndarray, views: np.ndarray) -> Tensor:
         pairs = zip(slots, views, strict=True)
-        shifted = [self.encoder.shifted(self.images[slot], self.round[slot])[view] for slot, view in pairs]
+        shifted = [self.encoder.shifted(self.images[slot])[view] for slot, view in pairs]
         return self.encoder.run_trunk(torch.stack(shifted))
 
     def rng_state(self) -> dict[str, Any]:
@@ -302,11 +288,6 @@ class Replay:
     def load_rng_state(self, state: dict[str, Any]) -> None:
         """Go on drawing where `rng_state` was taken."""
         self.rng.bit_generator.state = state
-
-
-def _seed(images: np.ndarray, *parts: int) -> int:
-    """A generator's seed from a frame's pixels and some numbers; the same on every machine."""
-    return zlib.crc32(np.array(parts, "<i8").tobytes(), zlib.crc32(images.tobytes()))
 
 
 def _mark(demonstration: bool, number: int, state: np.ndarray) -> int:

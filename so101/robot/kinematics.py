@@ -151,12 +151,6 @@ def jaw_pose(jaw_angle: float) -> tuple[np.ndarray, np.ndarray]:
     return np.array(JAW_PIVOT), np.array([[cos, -sin, 0.0], [0.0, 0.0, -1.0], [sin, cos, 0.0]])
 
 
-def jaw_frame(joint_rad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position (3,) in m and axes (3, 3) of moving_jaw_link in the base frame; 6 joints in rad, jaw last."""
-    joints = np.asarray(joint_rad).tolist()
-    return point_position(joints, JAW_PIVOT), gripper_rotation(joints) @ jaw_pose(joints[5])[1]
-
-
 def jacobian(joint_rad: np.ndarray, frame: str = "tool") -> np.ndarray:
     """(6, 5): velocity (m/rad) and angular velocity (rad/rad) of a frame's origin per joint, in base axes.
 

@@ -9,6 +9,7 @@ import numpy as np
 from so101.config import option
 from so101.errors import SafetyStop, UserError
 from so101.robot.arm import Arm, Reading
+from so101.robot.feetech import status_names
 from so101.robot.kinematics import forward, solve_ik
 from so101.schema import JOINTS
 from so101.timing import Clock
@@ -30,7 +31,7 @@ class SafetyConfig:
 
 
 def check(reading: Reading, config: SafetyConfig) -> None:
-    """Raise SafetyStop, naming the joint, when a servo is hot, badly supplied, overloaded or overdrawn."""
+    """Raise SafetyStop, naming the joint, when a servo is hot, badly supplied, overdrawn or reports a fault."""
     limits = (
         (reading.temperature > config.max_temperature, "{:.0f} deg C", reading.temperature, "let it cool"),
         (reading.voltage < config.min_voltage, "{:.1f} V", reading.voltage, "check the supply and its cable"),
@@ -41,6 +42,10 @@ def check(reading: Reading, config: SafetyConfig) -> None:
         if tripped.any():
             joint = int(np.argmax(tripped))
             raise SafetyStop(f"{JOINTS[joint]}: servo at {unit.format(values[joint])}; {advice} before going on")
+    if reading.status.any():
+        joint = int(np.argmax(reading.status != 0))
+        said = ", ".join(status_names(int(reading.status[joint])))
+        raise SafetyStop(f"{JOINTS[joint]}: servo reports {said}; support the arm and switch its power off and on")
 
 
 def ease_to(
