@@ -403,7 +403,7 @@ def run_report(folder: Path) -> None:
         result = json.loads(evaluation.read_text())
         rows = [[i + 1, e["steps"], f"{e['return']:.2f}", e["success"]] for i, e in enumerate(result["episodes"])]
         heading = f"evaluation: {result['success_rate']:.0%}, judged by {result['judge']}"
-        sections.insert(0, (heading, html_table(["episode", "steps", "return", "success"], rows)))
+        sections.append((heading, html_table(["episode", "steps", "return", "success"], rows)))
     write_report(folder / "report.html", str(folder), sections)
 
 

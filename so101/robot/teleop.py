@@ -8,7 +8,7 @@ the target is set anew, so neither takeover nor hand-back makes anything jump.
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -131,19 +131,19 @@ class Teleop:
         self._offset = np.zeros(3)
         self._openings: tuple[list[float], list[float]] = ([0.0, 1.0], [0.0, 1.0])  # leader's -> follower's
 
-    def take_over(self, target: np.ndarray, opening: float, gripper_range: Sequence[float]) -> None:
+    def take_over(self, target: np.ndarray, opening: float, gripper_reach: tuple[float, float]) -> None:
         """The person drives from here: the leader's pose now means the present target and opening.
 
-        The leader's opening is mapped so that it means `opening` now and reaches both ends of
-        `gripper_range` at its own ends: a constant offset would leave a closed hand with an open gripper.
+        The leader's opening is mapped so that it means `opening` now and both ends of `gripper_reach` at its
+        own ends: a constant offset would leave a closed hand with an open gripper.
         """
         if self.leader is None:
             return
         self.leader.release()
         tool, leader_opening = self.leader.pose()
         self._offset = target - tool
-        low, high = gripper_range
-        self._openings = ([0.0, min(max(leader_opening, 0.01), 0.99), 1.0], [low, opening, high])
+        shut, wide = gripper_reach
+        self._openings = ([0.0, min(max(leader_opening, 0.01), 0.99), 1.0], [shut, opening, wide])
         self.driving = True
 
     def hand_back(self) -> None:
@@ -154,7 +154,7 @@ class Teleop:
         self,
         target: np.ndarray,
         opening: float,
-        gripper_range: Sequence[float],
+        gripper_reach: tuple[float, float],
         to_action: Callable[[np.ndarray, float], np.ndarray],
     ) -> HumanInput:
         """Keys, and while the person drives the action that brings target and opening to the leader's.
@@ -167,7 +167,7 @@ class Teleop:
             if self.driving:
                 self.hand_back()
             else:
-                self.take_over(target, opening, gripper_range)
+                self.take_over(target, opening, gripper_reach)
         if not self.driving or self.leader is None:
             return HumanInput(None, events)
         tool, leader_opening = self.leader.pose()
