@@ -73,7 +73,11 @@ class Config:
     env: EnvConfig = option(EnvConfig(), "the task's geometry and timing")
     preprocess: Preprocess = option(Preprocess(), "how a frame becomes the network's image")
     reward: RewardSpec = option(RewardSpec(), "what a transition pays")
-    sac: SacConfig = option(SacConfig(batch_size=128, utd_ratio=4), "the algorithm; two laptop cores keep up with this")
+    sac: SacConfig = option(
+        SacConfig(batch_size=128, utd_ratio=4, temperature_init=0.001),
+        "the algorithm; two laptop cores keep up with these batches, and a temperature of 0.01 takes longer to fall "
+        "to what the target entropy needs than this run lasts",
+    )
 
     def schema(self) -> dict:
         """What data and weights of this run agree on."""
