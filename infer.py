@@ -10,6 +10,7 @@ folder. In the simulation the world judges success; the classifier's verdict is 
 import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 
 # isort: split
+import itertools
 import json
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from so101.config import from_dict, launch, option
+from so101.config import from_dict, launch, option, require_within
 from so101.data.video import VideoWriter
 from so101.env import Env, EnvConfig
-from so101.errors import ConfigError, DataError
+from so101.errors import DataError
 from so101.files import write_atomic
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
 from so101.learn.eyes import Eyes
@@ -48,16 +49,17 @@ class Config:
     output: str | None = option(None, "folder for eval.json; null: the run folder")
 
     def __post_init__(self) -> None:
-        if self.episodes < 1:
-            raise ConfigError(f"episodes: got {self.episodes}, needs at least 1")
+        require_within(self, episodes=(1, 1_000_000), seed=(0, 2**31))
 
 
 def main(config: Config) -> None:
     """Load what was trained, run it, print and store the result."""
     run = Path(config.run)
+    if config.video is not None and Path(config.video).exists():
+        raise DataError(f"{config.video}: exists and is never overwritten; name another video")
     trained = Trained.of(run)
     schema = describe_task(trained.rig, trained.env, trained.preprocess)
-    eyes = Eyes(trained.encoder, Path(trained.reward_model), schema, views=0, pad=0, seed=0, device="cpu")
+    eyes = Eyes(trained.encoder, run / "reward", schema, views=0, pad=0, seed=0, device="cpu")
     policy = load_policy(run, config.checkpoint, trained.sac, schema, eyes.trunk_hash)
     with ExitStack() as stack:
         video = None
@@ -80,7 +82,6 @@ class Trained(NamedTuple):
     reward: RewardSpec
     sac: SacConfig
     encoder: str | None
-    reward_model: str
 
     @classmethod
     def of(cls, run: Path) -> "Trained":
@@ -97,12 +98,12 @@ class Trained(NamedTuple):
             "sac": SacConfig,
         }
         built = {name: from_dict(section, stored[name], f"{path}: {name}") for name, section in sections.items()}
-        return cls(**built, encoder=stored["encoder"], reward_model=stored["reward_model"])
+        return cls(**built, encoder=stored["encoder"])
 
 
 def load_policy(run: Path, name: str, sac: SacConfig, schema: dict, trunk_hash: str) -> Policy:
     """The policy of a run's checkpoint, by number or `last`."""
-    folder = find_checkpoint(run) if name == "last" else run / "checkpoints" / name
+    folder = find_checkpoint(run) if name == "last" else run / "checkpoints" / name.zfill(6)
     agent = Sac(sac, len(schema["cameras"]), size=schema["image"]["image_size"] // STRIDE)
     agent.load_tensors(load_checkpoint(folder, schema, trunk_hash).tensors)
     return agent.policy.eval()
@@ -126,7 +127,9 @@ def evaluate(
     with Progress("evaluate", episodes, "episode") as progress:
         for _ in range(episodes):
             rig.teleop.hear(EVALUATION)
-            observation, _ = env.reset()
+            observation, pressed = env.reset()
+            if "quit" in pressed:
+                break
             eyes.reset()
             steps, rewarded, done = 0, False, False
             while not done:
@@ -134,11 +137,14 @@ def evaluate(
                 observation = step.observation
                 if video is not None:
                     video.add(np.concatenate(list(observation.images), axis=1))
-                rewarded = eyes.update(observation) or rewarded
+                # Where the classifier is the environment's own judge it has counted this observation already.
+                rewarded = rewarded or (step.success if rig.verdict is None else eyes.update(observation))
                 steps += 1
-                done = step.terminated or step.truncated
+                done = step.terminated or step.truncated or bool(step.events & {"end", "quit"})
             paid = env.reward.of(rewarded) + (steps - 1) * env.reward.of(False)
             results.append({"steps": steps, "return": paid, "success": step.success})
+            if "quit" in step.events:
+                break
             progress.update(len(results), success=f"{sum(r['success'] for r in results)}/{len(results)}")
     return results
 
@@ -156,10 +162,16 @@ def report(folder: Path, episodes: list[dict[str, Any]], rig: Rig) -> None:
         f"{np.mean([e['steps'] for e in episodes]):.1f} steps an episode; "
         f"the classifier paid in {sum(e['return'] > 0.5 for e in episodes)}"
     )
+    if not episodes:
+        return
     summary = {"success_rate": succeeded / len(episodes), "interval": [low, high], "judge": judge, "episodes": episodes}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "eval.json", json.dumps(summary, indent=2) + "\n")
+    path = folder / "eval.json"
+    if path.exists():  # an earlier evaluation is kept
+        number = next(n for n in itertools.count(1) if not (folder / f"eval-{n}.json").exists())
+        path.rename(folder / f"eval-{number}.json")
+    write_atomic(path, json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch(Config, main, __doc__))
+    launch(Config, main, __doc__ or "")

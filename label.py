@@ -11,7 +11,7 @@ from pathlib import Path
 
 from so101.config import launch, option
 from so101.data.dataset import Dataset, open_dataset
-from so101.data.labels import EpisodeLabel, Labels, import_labels, labels_path
+from so101.data.labels import EpisodeLabel, Labels, import_labels, labels_path, load_labels
 from so101.errors import ConfigError, DataError
 
 WANTED = 200  # positive frames that a reward classifier needs at least
@@ -39,7 +39,7 @@ def main(config: Config) -> None:
     """Apply the action, if there is one, check every label against the frames there are, print the table."""
     dataset = open_dataset(config.dataset)
     path = labels_path(dataset.folder)
-    labels = Labels.load(path) if path.exists() else Labels(path.name.removesuffix(".labels.json"), path)
+    labels = load_labels(dataset.folder, len(dataset.episodes)) or Labels(path.name.removesuffix(".labels.json"), path)
     changed = apply_import(config, labels) if config.import_file else apply_label(config, labels)
     table = label_table(dataset, labels)  # refuses what does not fit, so that it is never saved
     if changed:
@@ -98,9 +98,6 @@ def apply_import(config: Config, labels: Labels) -> bool:
 
 def label_table(dataset: Dataset, labels: Labels) -> list[str]:
     """One line for each episode, and the totals. Raises DataError for a label that fits no episode."""
-    name = labels_path(dataset.folder).name.removesuffix(".labels.json")
-    if labels.dataset != name:
-        raise DataError(f"{labels.path}: labels of {labels.dataset!r}, not {name!r}; if renamed, correct it there")
     beyond = sorted(set(labels.episodes) - set(range(len(dataset.episodes))))
     if beyond:
         raise DataError(f"{labels.path}: episode {beyond[0]}: the dataset has only {len(dataset.episodes)}")

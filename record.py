@@ -8,17 +8,16 @@ The leader drives from the first tick. The success key marks where success start
 so that the classifier sees many positive frames. Each finished episode is on disk before the next begins.
 """
 
-import json
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from so101.config import launch, option, save
+from so101.config import launch, load, option, require_within, save
 from so101.data.dataset import DatasetWriter, open_dataset
-from so101.data.labels import EpisodeLabel, Labels, labels_path
-from so101.env import Env, EnvConfig
+from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
+from so101.env import Env, EnvConfig, Observation
 from so101.errors import ConfigError, DataError
 from so101.rig import RigConfig, describe_task, open_rig
 from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE
@@ -32,8 +31,8 @@ class Config:
 
     dataset: str = option("outputs/lift_demos", "folder of the dataset; must not exist unless resume=true")
     task: str = option("lift the cube", "the task in words, stored with each episode")
-    episodes: int = option(50, "episodes in all, deliberate failures included")
-    failures: int = option(10, "of these, deliberate failures, spread evenly; the classifier needs them")
+    episodes: int = option(70, "episodes in all, deliberate failures included")
+    failures: int = option(12, "of these, deliberate failures, spread evenly; the classifier needs them")
     steps_after_success: int | None = option(12, "steps recorded after the success key; null: until time is up")
     resume: bool = option(False, "append to a dataset that is there, up to `episodes` in all")
     seed: int = option(0, "seed of the simulated world and of the random start poses")
@@ -42,8 +41,9 @@ class Config:
     preprocess: Preprocess = option(Preprocess(), "what the networks will see of a frame; recorded frames stay native")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.failures <= self.episodes:
-            raise ConfigError(f"failures: got {self.failures}, must lie within 0 .. episodes ({self.episodes})")
+        require_within(self, episodes=(1, 1_000_000), failures=(0, self.episodes), seed=(0, 2**31))
+        if self.steps_after_success is not None:
+            require_within(self, steps_after_success=(1, 1_000_000))
         if self.rig.leader is None:
             raise ConfigError("rig.leader: got null, recording needs a leader arm")
 
@@ -53,13 +53,19 @@ def is_failure(index: int, config: Config) -> bool:
     return (index + 1) * config.failures // config.episodes > index * config.failures // config.episodes
 
 
-def unfinished(config: Config) -> bool:
-    """Whether the dataset is missing, or is a recording of this kind that was interrupted."""
-    folder = Path(config.dataset)
-    if not folder.exists():
-        return True
-    started = folder.with_name(f"{folder.name}.record.json")
-    return started.exists() and len(open_dataset(folder).episodes) < json.loads(started.read_text())["episodes"]
+def unfinished(folder: Path) -> "Config | None":
+    """The config of a recording of `folder` that was begun and not ended; None where there is no such thing."""
+    begun = config_path(folder)
+    if not begun.exists():
+        return None
+    config = load(Config, begun)
+    had = len(open_dataset(folder).episodes) if folder.exists() else 0
+    return replace(config, resume=True) if had < config.episodes else None
+
+
+def config_path(folder: Path) -> Path:
+    """Where the config of a recording lies, beside its dataset."""
+    return folder.with_name(f"{folder.name}.record.json")
 
 
 def main(config: Config) -> None:
@@ -67,38 +73,60 @@ def main(config: Config) -> None:
     folder = Path(config.dataset)
     had = len(open_dataset(folder).episodes) if folder.exists() else 0
     if folder.exists() and not config.resume:
-        raise DataError(
-            f"{folder}: exists with {had} episodes; name another with dataset=, or add to it with resume=true"
-        )
+        raise DataError(f"{folder}: exists with {had} episodes; name another, or add to it with resume=true")
     if had >= config.episodes:
         print(f"{folder}: holds {had} episodes already")
         return
     seed = config.seed + 1_000_003 * had  # a resumed recording draws fresh scenes, not its first ones again
-    cameras = config.rig.frame_sizes
     schema = describe_task(config.rig, config.env, config.preprocess)
     with ExitStack() as stack:
         rig = stack.enter_context(open_rig(config.rig, seed))
         env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)
-        writer = DatasetWriter.open(folder, fps=config.env.fps, cameras=cameras, task=config.task, schema=schema)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save(config, config_path(folder))
+        writer = DatasetWriter.open(
+            folder, fps=config.env.fps, cameras=config.rig.frame_sizes, task=config.task, schema=schema
+        )
         stack.enter_context(closing(writer))
-        save(config, folder.with_name(f"{folder.name}.record.json"))
-        labels = Labels.load(labels_path(folder)) if labels_path(folder).exists() else Labels(folder.name)
+        labels = load_labels(folder, had) or Labels(folder.name)
+        label_the_last(folder, labels)
         progress = stack.enter_context(Progress("record", config.episodes, "episode"))
         while writer.episodes < config.episodes:
-            rig.teleop.hear(DEMONSTRATE_FAILURE if is_failure(writer.episodes, config) else DEMONSTRATE)
-            label, wants_to_quit = record_episode(env, writer, config)
-            if wants_to_quit:
-                break
-            if label is not None:
-                labels.set(writer.episodes - 1, label)
+            failing = is_failure(writer.episodes, config)
+            rig.teleop.hear(DEMONSTRATE_FAILURE if failing else DEMONSTRATE)
+            observation, pressed = env.reset(person_drives=True)
+            if "failure" in pressed and writer.episodes:  # a late verdict on the episode before
+                labels.set(writer.episodes - 1, EpisodeLabel(all_fail=True))
                 labels.save(labels_path(folder))
+            if "quit" in pressed:
+                break
+            label, kept, quits = record_episode(env, writer, config, observation)
+            if kept:
+                labels.set(writer.episodes - 1, label or (EpisodeLabel(all_fail=True) if failing else None))
+                labels.save(labels_path(folder))
+            if quits:
+                break
             progress.update(writer.episodes, success=sum(not label.all_fail for label in labels.episodes.values()))
     print(f"{folder}: {writer.episodes} episodes; labels in {labels_path(folder)}")
 
 
-def record_episode(env: Env, writer: DatasetWriter, config: Config) -> tuple[EpisodeLabel | None, bool]:
-    """Record one episode; return its live label (None without a verdict) and whether the person quits."""
-    observation, _ = env.reset(person_drives=True)
+def label_the_last(folder: Path, labels: Labels) -> None:
+    """A kill may have come between the last episode and its label; its own rows hold the verdict."""
+    episodes = open_dataset(folder).episodes
+    if not episodes or episodes[-1].index in labels.episodes:
+        return
+    last, columns = episodes[-1].index, episodes[-1].columns()
+    if columns["next.reward"].any():
+        labels.set(last, EpisodeLabel(success_start=int(columns["next.reward"].argmax()) + 1))
+    elif columns["next.done"][-1]:
+        labels.set(last, EpisodeLabel(all_fail=True))
+    labels.save(labels_path(folder))
+
+
+def record_episode(
+    env: Env, writer: DatasetWriter, config: Config, observation: Observation
+) -> tuple[EpisodeLabel | None, bool, bool]:
+    """Record one episode: its live label (None without a verdict), whether it was kept, whether the person quits."""
     started = observation.time
     success_from: int | None = None
     steps = 0
@@ -106,7 +134,7 @@ def record_episode(env: Env, writer: DatasetWriter, config: Config) -> tuple[Epi
         step = env.step(np.zeros(len(ACTION)))
         if "redo" in step.events or "quit" in step.events:
             writer.discard_episode()
-            return None, "quit" in step.events
+            return None, False, "quit" in step.events
         if "success" in step.events and success_from is None:
             success_from = steps  # the observation that the person saw when pressing the key
         steps += 1
@@ -120,13 +148,15 @@ def record_episode(env: Env, writer: DatasetWriter, config: Config) -> tuple[Epi
         observation = step.observation
         if ended or step.terminated or step.truncated:
             break
+    if "failure" in step.events:
+        success_from = None  # the last word
     # The reward of a row is the success of the observation that follows it.
     rewards = np.arange(1, steps + 1) >= (steps + 1 if success_from is None else success_from)
     writer.save_episode(observation.state, observation.frames, observation.time - started, rewards=rewards)
     if success_from is not None:
-        return EpisodeLabel(success_start=success_from), False
-    return EpisodeLabel(all_fail=True) if "failure" in step.events else None, False
+        return EpisodeLabel(success_start=success_from), True, False
+    return (EpisodeLabel(all_fail=True) if "failure" in step.events else None), True, False
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch(Config, main, __doc__))
+    launch(Config, main, __doc__ or "")

@@ -10,6 +10,8 @@ threshold, guard, schema and where the data came from) and report.html.
 import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 
 # isort: split
+import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 
 from so101.config import launch, option, to_dict
 from so101.data.dataset import Dataset, open_dataset
-from so101.data.labels import Labels, labels_path
+from so101.data.labels import Labels, labels_path, load_labels
 from so101.episodes import labelled_frames
 from so101.errors import DataError
 from so101.files import sha256
@@ -29,7 +31,7 @@ from so101.learn.reward import RewardConfig, save_reward
 from so101.learn.reward_training import encode_views, train_classifier
 from so101.plots import curve, html_table, image_tag, write_report
 from so101.runlog import Progress
-from so101.schema import Preprocess, require_same
+from so101.schema import STATE, UNITS, Preprocess, require_same
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Config:
     dataset: str = option("outputs/lift_demos", "dataset with labels beside it")
     output: str = option("outputs/lift_reward", "folder of the classifier; must not exist")
     encoder: str | None = option(None, "ResNet10 weight file (.safetensors); null: a seeded random start")
-    seed: int = option(0, "seed of the split, the views and the training")
+    seed: int = option(0, "seed of the shifted and jittered views; reward.seed is that of split and training")
     preprocess: Preprocess = option(Preprocess(), "how a frame becomes the network's image")
     reward: RewardConfig = option(RewardConfig(), "the classifier and its training")
 
@@ -48,14 +50,15 @@ def main(config: Config) -> None:
     """Load labelled frames, encode them once, train, choose the threshold, report."""
     started = time.monotonic()
     output = Path(config.output)
-    if (output / "reward.json").exists():
+    if output.exists():
         raise DataError(f"{output}: exists already; name another with output=, or use it as it is")
     dataset = open_dataset(Path(config.dataset))
     if dataset.schema is None:
         raise DataError(f"{dataset.folder}: says nothing of its states and cameras; convert it first")
-    require_same(dataset.schema["image"], asdict(config.preprocess), f"{dataset.folder}, image")
+    wanted = {"state": list(STATE), "units": UNITS, "image": asdict(config.preprocess)}
+    require_same({key: dataset.schema.get(key) for key in wanted}, wanted, str(dataset.folder))
     labels_file = labels_path(dataset.folder)
-    labels = Labels.load(labels_file) if labels_file.exists() else None
+    labels = load_labels(dataset.folder, len(dataset.episodes))
     images, states, success, episode_ids = load_frames(dataset, labels, config.preprocess)
     print(f"{dataset.folder}: {len(success)} labelled frames, {success.sum()} of them success")
 
@@ -71,9 +74,12 @@ def main(config: Config) -> None:
         "config": to_dict(config),
         "report": report,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    write_page(output / "report.html", report, images, success)
-    save_reward(output, detector, dataset.schema, trunk_hash(trunk), provenance)
+    aside = output.with_name(f".{output.name}.tmp")  # renamed when whole: a kill leaves no half classifier
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write_page(aside / "report.html", report, images, success)
+    save_reward(aside, detector, dataset.schema, trunk_hash(trunk), provenance)
+    os.rename(aside, output)
     frames = report["at_threshold"]
     print(
         f"held-out episodes {report['episodes']['held_out']}: {frames['accuracy']:.1%} of frames right, "
@@ -140,4 +146,4 @@ def write_page(path: Path, report: dict[str, Any], images: torch.Tensor, success
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch(Config, main, __doc__))
+    launch(Config, main, __doc__ or "")

@@ -14,6 +14,8 @@ import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 
 # isort: split
 import json
+import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,9 +31,9 @@ import infer
 import record
 import train_reward
 from so101 import config as configs
-from so101.config import launch, option
+from so101.config import launch, option, require_within
 from so101.data.dataset import DatasetWriter, open_dataset
-from so101.data.labels import EpisodeLabel, Labels, labels_path
+from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
 from so101.env import Env, EnvConfig, Observation, Step
 from so101.episodes import Trajectory, first_success, observed_success, trajectory
 from so101.errors import ConfigError, DataError
@@ -45,7 +47,7 @@ from so101.learn.sac import Sac, SacConfig
 from so101.plots import curve, html_table, write_report
 from so101.rig import Rig, RigConfig, describe_task, open_rig
 from so101.robot.teleop import TRAINING
-from so101.runlog import Progress, RunLog, new_run_folder, read_metrics
+from so101.runlog import Progress, RunLog, read_metrics
 from so101.schema import ACTION, TOOL_XYZ, Preprocess, RewardSpec, require_same, schema_hash
 
 CUT_AFTER = 3  # labelled successes in a row at which a demonstration ends for SAC, as online
@@ -62,7 +64,7 @@ class Config:
     reward_model: str = option("outputs/lift_reward", "folder of the reward classifier; trained first if missing")
     encoder: str | None = option(None, "ResNet10 weight file (.safetensors); null: a seeded random start")
     mode: Literal["alternate"] = option("alternate", "actor and learner take turns in one process")
-    steps: int = option(2000, "environment steps of training")
+    steps: int = option(3000, "environment steps of training")
     learning_starts: int = option(100, "environment steps with random actions before learning starts")
     checkpoint_every: int = option(500, "environment steps between checkpoints")
     evaluation_episodes: int = option(50, "episodes of the evaluation at the end; 0: none")
@@ -75,9 +77,21 @@ class Config:
     reward: RewardSpec = option(RewardSpec(), "what a transition pays")
     sac: SacConfig = option(
         SacConfig(batch_size=128, utd_ratio=4, temperature_init=0.001),
-        "the algorithm; two laptop cores keep up with these batches, and a temperature of 0.01 takes longer to fall "
-        "to what the target entropy needs than this run lasts",
+        # Two laptop cores keep up with these batches, and from 0.01 the temperature takes longer to fall to
+        # what the target entropy needs than this run lasts.
+        "the algorithm",
     )
+
+    def __post_init__(self) -> None:
+        many = 1_000_000_000
+        require_within(
+            self, steps=(1, many), learning_starts=(0, many), checkpoint_every=(1, many),
+            evaluation_episodes=(0, many), seed=(0, 2**31),
+        )  # fmt: skip
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not there.get(self.device.split(":")[0], False):
+            usable = ", ".join(name for name, found in there.items() if found)
+            raise ConfigError(f"device: got {self.device!r}, this machine has {usable}")
 
     def schema(self) -> dict:
         """What data and weights of this run agree on."""
@@ -91,17 +105,19 @@ def main(config: Config) -> None:
     check_run(folder, config)
     make_missing(config)
     sac = config.sac
-    eyes = Eyes(
-        config.encoder, Path(config.reward_model), config.schema(), sac.views, sac.pad, config.seed, config.device
-    )
+    # A run keeps the classifier that it began with: what was trained is what runs.
+    reward_model = folder / "reward" if (folder / "reward").exists() else Path(config.reward_model)
+    eyes = Eyes(config.encoder, reward_model, config.schema(), sac.views, sac.pad, config.seed, config.device)
     demonstrations = load_demonstrations(config)
     with ExitStack() as stack:
+        seed = config.seed + 1 + recorded_steps(folder)  # a resumed run draws fresh scenes
+        rig = stack.enter_context(open_rig(config.rig, seed))
+        env = rig.make_env(config.env, config.preprocess, config.reward, seed, eyes)
         run = stack.enter_context(closing(Run(folder, config, eyes, demonstrations)))
-        rig = stack.enter_context(open_rig(config.rig, config.seed + 1 + run.steps))
-        env = rig.make_env(config.env, config.preprocess, config.reward, config.seed + 1 + run.steps, eyes)
         learner = run_learner(config, run)
         for _ in run_actor(config, run, env, rig, eyes):
             next(learner)
+        run.save_checkpoint()
     run_report(folder)
     if config.evaluation_episodes:
         infer.main(infer.Config(run=config.output, episodes=config.evaluation_episodes, seed=config.seed + 10_000))
@@ -119,6 +135,8 @@ def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: Eyes) -> Ite
         rig.teleop.hear(TRAINING)
         observation, pressed = env.reset()
         run.take_verdict(pressed)
+        if "quit" in pressed:
+            break
         run.check_start(observation)
         run.link.send(Started(eyes.see(observation)))
         started, taken, ended = observation.time, [], False
@@ -162,7 +180,6 @@ def run_learner(config: Config, run: "Run") -> Iterator[None]:
     sac, replay = run.sac, run.replay
     slot = last = first = -1  # of the newest observation, the newest transition, the episode's first observation
     moved = 0  # transitions of this episode
-    allowed = 0.0
     while True:
         for message in run.link.receive():
             if isinstance(message, Corrected):
@@ -179,13 +196,11 @@ def run_learner(config: Config, run: "Run") -> Iterator[None]:
                 )
                 last, moved = slot, moved + 1
                 run.steps += 1
-                allowed += config.sac.utd_ratio
             else:
                 first, moved = now, 0
             slot = now
         if run.steps >= config.learning_starts:
-            while allowed >= 1:
-                allowed -= 1
+            while run.updates + 1 <= run.steps * config.sac.utd_ratio:  # what was missed is made up
                 run.updates += 1
                 batch = replay.sample(config.sac.batch_size).to(config.device)
                 metrics = sac.update_critic(batch)
@@ -195,8 +210,8 @@ def run_learner(config: Config, run: "Run") -> Iterator[None]:
                 sac.update_targets()
                 if run.updates % LOG_EVERY == 0:
                     run.log_update(metrics)
-            run.link.publish(Weights(run.updates, sac.policy_tensors(), run.trunk_hash))
-        if run.steps % config.checkpoint_every == 0 or run.steps >= config.steps:
+            run.publish()
+        if run.steps % config.checkpoint_every == 0:
             run.save_checkpoint()
         yield
 
@@ -205,8 +220,7 @@ class Run:
     """What a run holds beside its loops: networks, replay, episodes, log, counters. Made new or taken up again."""
 
     def __init__(self, folder: Path, config: Config, eyes: Eyes, demonstrations: list[Trajectory]) -> None:
-        if not folder.exists():
-            configs.save(config, new_run_folder(folder) / "config.json")
+        begin_run(folder, config)
         self.folder, self.config, self.trunk_hash = folder, config, eyes.trunk_hash
         self.log, self.link = RunLog(folder), Link()
         self.progress = Progress("train", config.steps, "step")
@@ -227,8 +241,10 @@ class Run:
         self.replay = Replay(eyes.encoder, folder, key, cameras, size, frames, config.sac.buffer_size, seed=config.seed)
         for demonstration in demonstrations:
             self._add(demonstration, demonstration=True)
+        self.ended = False  # whether an episode ended in this process, for a late verdict to correct
         self.steps = self._add_recorded()
         self.updates = 0
+        self.log.event("started", steps=self.steps, demonstrations=len(demonstrations))
         if self.steps:
             self._load_checkpoint()
 
@@ -239,7 +255,7 @@ class Run:
 
     def take_verdict(self, pressed: frozenset[str]) -> None:
         """A key pressed while the arm reset corrects the episode just ended, here and in its labels."""
-        if not pressed & {"success", "failure"} or not self.recent:
+        if not pressed & {"success", "failure"} or not self.ended:
             return
         success = "failure" not in pressed
         self.recent[-1] = success
@@ -265,6 +281,7 @@ class Run:
     def log_episode(self, steps: int, taken: list[Step]) -> None:
         """One row of metrics and one line of progress for a finished episode."""
         by_human = sum(step.by_human for step in taken)
+        self.ended = True
         self.recent.append(taken[-1].success)
         self.alone.append(taken[-1].success and not by_human)
         self.log.metrics(
@@ -284,6 +301,10 @@ class Run:
         """One row of metrics for the learner."""
         self.log.metrics(step=self.steps, updates=self.updates, **{name: float(m) for name, m in metrics.items()})
 
+    def publish(self) -> None:
+        """Offer the policy's weights to the actor."""
+        self.link.publish(Weights(self.updates, self.sac.policy_tensors(), self.trunk_hash))
+
     def save_checkpoint(self) -> None:
         """Everything that a resume cannot rebuild from demonstrations and episodes."""
         state = {
@@ -299,24 +320,31 @@ class Run:
         if not (self.folder / "checkpoints" / "last").exists():
             return  # killed before the first: the recorded episodes are all there is, and learning starts from them
         checkpoint = load_checkpoint(self.folder, self.config.schema(), self.trunk_hash)
+        if checkpoint.step > self.steps + self.config.env.max_steps:
+            held = f"{self.episodes.folder}: holds {self.steps} steps, the checkpoint is of {checkpoint.step}"
+            raise DataError(f"{held}; restore the episodes, or begin a new run")
         self.sac.load_tensors(checkpoint.tensors)
         self.sac.load_training_state(checkpoint.training_state["sac"])
         self.replay.load_rng_state(checkpoint.training_state["replay"])
         self.updates = checkpoint.training_state["updates"]
+        self.publish()
         self.recent.extend(checkpoint.training_state["recent"])
         self.alone.extend(checkpoint.training_state["alone"])
         print(f"{self.folder}: goes on from step {self.steps}, update {self.updates}")
 
     def _add_recorded(self) -> int:
         """Put the recorded online episodes back into replay; returns their steps."""
-        path = labels_path(self.episodes.folder)
-        corrections = Labels.load(path) if path.exists() else Labels(self.episodes.folder.name)
+        recorded = open_dataset(self.episodes.folder).episodes
+        corrections = load_labels(self.episodes.folder, len(recorded)) or Labels(self.episodes.folder.name)
         steps = 0
-        for episode in open_dataset(self.episodes.folder).episodes:
+        for episode in recorded:
             corrected = episode.index in corrections.episodes
             success = observed_success(episode, corrections if corrected else None)
             assert success is not None
-            self._add(trajectory(episode, success, self.config.preprocess, self.config.reward, consecutive=1))
+            path = trajectory(episode, success, self.config.preprocess, self.config.reward, consecutive=1)
+            if corrected:  # a person's verdict is an end, also where time had run out
+                path.terminated[-1], path.truncated[-1] = True, False
+            self._add(path)
             steps += episode.length
         return steps
 
@@ -333,8 +361,8 @@ class Run:
 
 def check_run(folder: Path, config: Config) -> None:
     """Refuse a run folder that exists, or with resume=true one that was started with another config."""
-    if not folder.exists():
-        return
+    if not folder.exists() or ((folder / "config.json").exists() and not recorded_steps(folder)):
+        return  # new, or begun and stopped before its first episode was on disk
     if not config.resume:
         raise DataError(f"{folder}: exists and is never overwritten; name another with output=, or resume=true")
     before, now = (configs.to_dict(c) for c in (configs.load(Config, folder / "config.json"), config))
@@ -344,6 +372,25 @@ def check_run(folder: Path, config: Config) -> None:
         raise ConfigError(f"{folder}: was started with another {', '.join(differing)}; a resume keeps its config")
 
 
+def begin_run(folder: Path, config: Config) -> None:
+    """Make the run folder with its config and its classifier, whole or not at all; on a resume, note the new steps."""
+    if folder.exists():
+        configs.save(config, folder / "config.json")
+        return
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    configs.save(config, aside / "config.json")
+    shutil.copytree(config.reward_model, aside / "reward")
+    os.rename(aside, folder)
+
+
+def recorded_steps(folder: Path) -> int:
+    """Environment steps of a run's recorded episodes."""
+    episodes = folder / "episodes"
+    return sum(episode.length for episode in open_dataset(episodes).episodes) if episodes.exists() else 0
+
+
 def load_demonstrations(config: Config) -> list[Trajectory]:
     """The demonstrations that succeed, cut at their success."""
     folder = Path(config.demonstrations)
@@ -351,8 +398,7 @@ def load_demonstrations(config: Config) -> list[Trajectory]:
     if dataset.schema is None:
         raise DataError(f"{folder}: says nothing of its actions and states; convert it first")
     require_same(dataset.schema, config.schema(), str(folder))
-    path = labels_path(folder)
-    labels = Labels.load(path) if path.exists() else None
+    labels = load_labels(folder, len(dataset.episodes))
     found = []
     for episode in dataset.episodes:
         success = observed_success(episode, labels)
@@ -366,14 +412,17 @@ def load_demonstrations(config: Config) -> list[Trajectory]:
 def make_missing(config: Config) -> None:
     """Record demonstrations and train the classifier where they are not there yet, saying so."""
     demonstrations, reward_model = Path(config.demonstrations), Path(config.reward_model)
-    wanted = record.Config(
-        dataset=config.demonstrations, resume=True, seed=config.seed,
-        rig=config.rig, env=config.env, preprocess=config.preprocess,
-    )  # fmt: skip
-    if record.unfinished(wanted):
+    if begun := record.unfinished(demonstrations):
+        print(f"{demonstrations} was not finished: recording up to {begun.episodes} episodes first (record.py)")
+        record.main(begun)
+    elif not demonstrations.exists():
+        wanted = record.Config(
+            dataset=config.demonstrations, seed=config.seed,
+            rig=config.rig, env=config.env, preprocess=config.preprocess,
+        )  # fmt: skip
         print(f"no demonstrations in {demonstrations}: recording {wanted.episodes} episodes first (record.py)")
         record.main(wanted)
-    if not (reward_model / "reward.json").exists():
+    if not reward_model.exists():
         print(f"no reward classifier in {reward_model}: training it first (train_reward.py)")
         train_reward.main(
             train_reward.Config(
@@ -412,4 +461,4 @@ def run_report(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch(Config, main, __doc__))
+    launch(Config, main, __doc__ or "")

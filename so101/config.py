@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import math
 import os
 import signal
 import sys
@@ -33,6 +34,15 @@ def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def require_within(config: Any, **ranges: tuple[float, float]) -> None:
+    """For a __post_init__: ConfigError, naming the field, where a value is outside its (low, high)."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            most = f" and at most {high:g}" if math.isfinite(high) else ""
+            raise ConfigError(f"{name}: got {value}, must be {low:g} or more{most}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -351,6 +361,9 @@ def launch(cls: type[T], main: Callable[[T], int | None], description: str) -> N
     except BrokenPipeError:
         if not _reader_has_gone("\n"):
             raise  # another pipe broke, which is not ours to hide
+        code = 1
+    except OSError as error:  # a full disk, a folder that may not be written: the person's to mend, not a bug
+        print(f"{error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
         code = 1
     _reader_has_gone("")
     sys.exit(code or EXIT_DONE)

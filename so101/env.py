@@ -10,17 +10,18 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from so101.config import option
+from so101.config import option, require_within
 from so101.errors import ConfigError
 from so101.images import preprocess
 from so101.robot import safety
 from so101.robot.arm import Arm
-from so101.robot.kinematics import forward, rpy, solve_ik
+from so101.robot.kinematics import URDF_LIMITS, forward, rpy, solve_ik
 from so101.robot.teleop import FAILURE, PLACE_CUBE, SUCCESS, TIME_OUT, Teleop
-from so101.schema import Preprocess, RewardSpec
+from so101.schema import ARM_JOINTS, Preprocess, RewardSpec
 from so101.timing import Clock, Rate
 
 TIP_BELOW_TOOL = 0.0063  # m; the fingertips of a vertical gripper reach this far below the tool point
+HOME_TOLERANCE, HOME_TILT = 0.01, 0.35  # m, rad
 IK_TOLERANCE = 1e-3  # m; a target missed by more than this is out of reach
 HOME_SEED = np.array([0.0, 0.156, -0.161, 1.571, np.pi / 2])  # rad; straight down over [0.25, 0, 0.07]
 
@@ -52,6 +53,22 @@ class EnvConfig:
             raise ConfigError(f"workspace: got {low} .. {high}, needs x y z with each lower below its upper")
         if len(self.home) != 3 or any(not a <= x <= b for a, x, b in zip(low, self.home, high, strict=True)):
             raise ConfigError(f"home: got {self.home}, must lie inside the workspace {low} .. {high}")
+        joints = solve_ik(
+            np.array(self.home), HOME_SEED, low=URDF_LIMITS[:5, 0], high=URDF_LIMITS[:5, 1], max_iterations=50
+        )
+        tool, rotation = forward(joints)
+        if np.linalg.norm(tool - self.home) > HOME_TOLERANCE or rotation[2, 2] < np.cos(HOME_TILT):
+            raise ConfigError(f"home: got {self.home}, must be reached with the gripper down; [0.25, 0, 0.07] is")
+        tiny, most = 1e-6, float("inf")
+        require_within(self, fps=(1, 1000))
+        require_within(
+            self, control_time_s=(1 / self.fps, most), action_scale=(tiny, 0.1), leash=(tiny, most),
+            gripper_step=(tiny, 1), max_joint_step=(tiny, 1), reset_time_s=(0, most),
+            random_ee_range_xy=(0, 0.1), random_ee_range_z=(0, 0.1),
+        )  # fmt: skip
+        unknown = [name for name in self.locked_joints if name not in ARM_JOINTS]
+        if unknown:
+            raise ConfigError(f"locked_joints: got {unknown[0]!r}, the joints are {', '.join(ARM_JOINTS)}")
         if len(self.gripper_range) != 2 or not 0 <= self.gripper_range[0] < self.gripper_range[1] <= 1:
             raise ConfigError(f"gripper_range: got {self.gripper_range}, needs two rising openings within 0 .. 1")
 
@@ -269,3 +286,8 @@ class Env:
                 return
             self.target = np.clip(self.target + 0.5 * error, home - self.config.leash, home + self.config.leash)
             self._command(solve_ik(self.target, self.joints, low=low[:5], high=high[:5]))
+        if np.linalg.norm(error) > HOME_TOLERANCE:
+            raise ConfigError(
+                f"home: the tool stops at {self._tool.round(3).tolist()} m on its way to {home.round(3).tolist()}; "
+                f"look for what holds the arm, or choose another home"
+            )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import serial
 
-from so101.config import option
+from so101.config import option, require_within
 from so101.env import Camera as AnyCamera
 from so101.env import Detector, Env, EnvConfig, Observation
 from so101.errors import ConfigError, HardwareError
@@ -27,7 +27,7 @@ from so101.sim.camera import Scene, SimCamera
 from so101.sim.operator import Operator, OperatorConfig
 from so101.sim.servos import SIM_CALIBRATION, SimPort, SimServos
 from so101.sim.world import World, WorldConfig
-from so101.timing import Clock, SimClock
+from so101.timing import SUBSTEP, Clock, SimClock
 
 BAUD = 1_000_000
 REPLY_TIMEOUT_S = 0.05  # six servos answer in 1.4 ms; USB adapters add up to 16
@@ -79,6 +79,13 @@ class RigConfig:
             raise ConfigError(f"{', '.join(mixed)}: follower.port is {self.follower.port!r}; all are sim, or none is")
         if not self.cameras:
             raise ConfigError("cameras: got none, the policy needs at least one")
+        if self.pace is not None:
+            require_within(self, pace=(1e-3, 1e3))
+        if self.simulated:
+            size = (self.sim_camera.width, self.sim_camera.height)
+            for name, camera in self.cameras.items():
+                if (camera.width, camera.height) != size:
+                    raise ConfigError(f"cameras.{name}: got {camera.width}x{camera.height}, sim_camera renders {size}")
 
 
 VERDICT_TICKS = 3  # the cube must be held up this long, so that a toss is no lift
@@ -102,7 +109,20 @@ class WorldVerdict:
 
 
 def describe_task(rig: RigConfig, env: EnvConfig, preprocess: Preprocess) -> dict[str, Any]:
-    """The schema of what is recorded and trained on this rig; see schema.describe."""
+    """The schema of what is recorded and trained on this rig; see schema.describe.
+
+    Raises ConfigError where the parts do not fit: a crop outside a camera's frame, a rate that the simulated
+    clock cannot keep.
+    """
+    for name, (height, width) in rig.frame_sizes.items():
+        top, left, high, wide = preprocess.crop or (0, 0, height, width)
+        if top + high > height or left + wide > width or high != wide:
+            raise ConfigError(
+                f"preprocess.crop: got {preprocess.crop}, must be a square inside {name}'s {width}x{height} frame"
+            )
+    substeps = 1 / env.fps / SUBSTEP
+    if rig.simulated and abs(substeps - round(substeps)) > 1e-6:
+        raise ConfigError(f"env.fps: got {env.fps:g}, in the simulation it must divide 50: 5, 10 or 25 say")
     return describe(preprocess, list(rig.cameras), env.fps, env.action_scale, env.gripper_step)
 
 
@@ -145,8 +165,8 @@ def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
         if rig.teleop.leader is not None:
             rig.teleop.leader.arm.connect()
             rig.teleop.leader.arm.configure()
-        stack.callback(safety.safe_close, rig.arm, rig.clock, np.array(config.follower.rest))
         safety.safe_start(rig.arm)
+        stack.callback(safety.safe_close, rig.arm, rig.clock, np.array(config.follower.rest))
         yield rig
 
 

@@ -24,6 +24,7 @@ STATE = (
     *("tool.x", "tool.y", "tool.z"),
     *("tool.roll", "tool.pitch", "tool.yaw"),
 )
+UNITS = "rad, m, s; gripper opening 0 closed .. 1 open"
 # The smallest standard deviation that normalisation divides by, in each entry's own unit: an entry that
 # hardly moved in the demonstrations must not be blown up into noise (the original's pitch was, by 1e8).
 STATE_FLOOR = (*[0.02] * 5, 0.05, *[0.1] * 5, 0.2, *[0.005] * 3, *[0.02] * 3)
@@ -74,7 +75,7 @@ def describe(
     return {
         "state": list(STATE),
         "action": list(ACTION),
-        "units": "rad, m, s; gripper opening 0 closed .. 1 open",
+        "units": UNITS,
         "action_scale_m": action_scale,
         "gripper_step": gripper_step,
         "fps": fps,

@@ -182,6 +182,64 @@ def test_redo_and_a_late_verdict_reach_replay_and_disk(made, tmp_path):
     assert labels.episodes[0].all_fail and list(labels.episodes) == [0]
 
 
+def test_a_kill_between_an_episode_and_its_label_loses_no_verdict(tmp_path):
+    folder = tmp_path / "demos"
+    config = record.Config(dataset=str(folder), episodes=2, failures=1, resume=True)
+    record.main(config)
+    wanted = dict(Labels.load(labels_path(folder)).episodes)
+    for last in (1, 0):  # a failure, then a success, as if each had been the last one recorded
+        labels = Labels.load(labels_path(folder))
+        labels.set(last, None)
+        if last == 1:
+            record.label_the_last(folder, labels)
+            assert labels.episodes == wanted
+    columns = open_dataset(folder).episodes[0].columns()
+    assert columns["next.reward"].argmax() + 1 == wanted[0].success_start
+
+
+def test_an_unfinished_recording_is_finished_as_it_was_begun(made, tmp_path):
+    folder = tmp_path / "demos"
+    record.main(record.Config(dataset=str(folder), episodes=3, failures=1))
+    begun = record.config_path(folder)
+    begun.write_text(begun.read_text().replace('"episodes": 3', '"episodes": 4'))
+    config = sac_config(made, tmp_path / "run", demonstrations=str(folder), steps=20)
+    train_sac.main(config)
+    assert len(open_dataset(folder).episodes) == 4
+
+
+def test_a_run_that_never_took_a_step_does_not_stand_in_the_way(made, tmp_path):
+    config = sac_config(made, tmp_path / "run", steps=20)
+    train_sac.begin_run(tmp_path / "run", config)
+    config.env.home = [0.25, 0.0, 0.12]
+    with pytest.raises(ConfigError, match="env.home"):
+        train_sac.main(config)
+    train_sac.main(sac_config(made, tmp_path / "run", steps=20))
+    assert (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
+def test_a_run_keeps_its_classifier_and_moves_with_it(made, tmp_path, monkeypatch):
+    train_sac.main(sac_config(made, tmp_path / "run", steps=20))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        infer.main(infer.Config(run="moved", episodes=1, checkpoint="20"))
+    assert (tmp_path / "moved" / "eval.json").exists() and (tmp_path / "moved" / "eval-1.json").exists()
+
+
+def test_where_the_classifier_judges_it_counts_each_frame_once(made, tmp_path):
+    config = sac_config(made, tmp_path / "run", steps=20)
+    train_sac.main(config)
+    eyes = Eyes(None, made / "reward", config.schema(), 0, 0, 0, "cpu")
+    eyes.detector.probability = lambda features: 1.0
+    eyes.detector.guard = None
+    policy = infer.load_policy(tmp_path / "run", "last", config.sac, config.schema(), eyes.trunk_hash)
+    with open_rig(config.rig, 1) as rig:
+        rig.verdict = None  # as on a real arm
+        env = rig.make_env(config.env, config.preprocess, config.reward, 1, eyes)
+        (result,) = infer.evaluate(env, rig, policy, eyes, 1, True)
+    assert result == {"steps": 3, "return": 1.0, "success": True}
+
+
 def test_infer_repeats_itself_writes_a_video_and_needs_no_leader_moves(made, tmp_path):
     config = sac_config(made, tmp_path / "run", steps=30)
     train_sac.main(config)
@@ -254,6 +312,18 @@ def test_an_interrupt_ends_a_recording_with_130_and_whole_episodes(tmp_path, sig
         (["record.py", "rig.follower.port=/dev/ttyNOWHERE"], 2, "all are sim, or none is"),
         (["train_reward.py", "dataset=nowhere"], 4, "nowhere"),
         (["infer.py", "run=nowhere"], 4, "not a run folder"),
+        (["train_sac.py", "seed=-1"], 2, "seed: got -1"),
+        (["train_sac.py", "device=banana"], 2, "device: got 'banana', this machine has cpu"),
+        (["train_sac.py", "checkpoint_every=0"], 2, "checkpoint_every"),
+        (["record.py", "env.fps=0"], 2, "fps"),
+        (["record.py", "env.fps=20"], 2, "must divide 50"),
+        (["record.py", "env.action_scale=0"], 2, "action_scale"),
+        (["record.py", "env.home=[0.34,0.14,0.24]"], 2, "must be reached with the gripper down"),
+        (["record.py", 'env.locked_joints=["wrist_rol"]'], 2, "locked_joints"),
+        (["record.py", "preprocess.crop=[0,0,900,900]"], 2, "must be a square inside wrist's 640x480 frame"),
+        (["record.py", "rig.cameras.wrist.width=320"], 2, "sim_camera renders"),
+        (["record.py", "steps_after_success=-3"], 2, "steps_after_success"),
+        (["record.py", "dataset=/proc/nowhere/demos"], 1, "/proc"),
         (["label.py", "dataset=nowhere"], 4, "nowhere"),
     ],
 )
@@ -291,6 +361,11 @@ def test_what_exists_is_never_overwritten(made, tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(DataError, match="exists"):
         train_sac.main(sac_config(made, tmp_path / "run"))
+    video = tmp_path / "precious.mp4"
+    video.write_text("mine")
+    with pytest.raises(DataError, match="never overwritten"):
+        infer.main(infer.Config(run=str(tmp_path / "run"), video=str(video)))
+    assert video.read_text() == "mine"
 
 
 def test_data_of_another_schema_is_refused_and_says_what_differs(made, tmp_path):

@@ -163,6 +163,24 @@ class Labels:
             raise DataError(f"{self.path or self.dataset}: episode {episode}: {error}") from None
 
 
+def load_labels(dataset_folder: Path | str, episodes: int) -> Labels | None:
+    """The labels beside a dataset of so many episodes; None where there is no label file.
+
+    Raises DataError where the file is another dataset's, or labels an episode that is not there.
+    """
+    path = labels_path(dataset_folder)
+    if not path.exists():
+        return None
+    labels = Labels.load(path)
+    name = path.name.removesuffix(".labels.json")
+    if labels.dataset != name:
+        raise DataError(f"{path}: labels of {labels.dataset!r}, not {name!r}; if renamed, correct it there")
+    beyond = sorted(set(labels.episodes) - set(range(episodes)))
+    if beyond:
+        raise DataError(f"{path}: episode {beyond[0]}: the dataset has only {episodes}")
+    return labels
+
+
 def labels_path(dataset_folder: Path | str) -> Path:
     """Where the labels of a dataset lie: `<folder>.labels.json`, beside it."""
     folder = Path(dataset_folder)

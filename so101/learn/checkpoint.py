@@ -3,6 +3,7 @@
 A kill at any instant leaves what was there before. A checkpoint is never written over another.
 """
 
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from so101.errors import DataError
-from so101.files import sync_file, sync_folder, write_atomic
+from so101.files import sync_folder, write_atomic
 from so101.learn.weights import read_safetensors, write_safetensors
 from so101.schema import require_same
 
@@ -53,8 +54,9 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)  # left by a kill
     aside.mkdir()
     write_safetensors(aside / "model.safetensors", tensors)
-    torch.save(training_state, aside / "training_state.pt")
-    sync_file(aside / "training_state.pt")
+    buffer = io.BytesIO()
+    torch.save(training_state, buffer)
+    write_atomic(aside / "training_state.pt", buffer.getvalue())  # a full disk is an OSError, not torch's own error
     write_atomic(aside / "config.json", json.dumps(config, indent=2) + "\n")
     about = {"step": step, "schema": schema, "trunk_hash": trunk_hash}
     write_atomic(aside / "schema.json", json.dumps(about, indent=2) + "\n")

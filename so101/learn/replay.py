@@ -104,13 +104,16 @@ class FeatureFile:
         names = (f"features{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
         paths = next(found for name in names if (found := _usable(folder / name, key)))
         self.path = paths[0]
-        self.features = np.memmap(paths[0], np.float16, "r+", shape=shape)
+        self.features = np.memmap(paths[0], np.float16, "r", shape=shape)
         self.marks = np.memmap(paths[1], np.uint64, "r+", shape=shape[:1])
 
     def write(self, slot: int, features: Tensor, mark: int) -> None:
         """Store one slot's features, (1 + views, cameras, 512, h, w), as those of observation `mark`."""
         self.marks[slot] = 0
-        self.features[slot] = features.numpy()
+        # Through the file, not the map: on a full disk a map ends the process (SIGBUS), a write raises OSError.
+        with open(self.path, "rb+", buffering=0) as file:
+            file.seek(slot * features.numel() * features.element_size())
+            file.write(features.contiguous().numpy().data)
         self.marks[slot] = mark
 
 
@@ -125,9 +128,10 @@ def _usable(stem: Path, key: dict[str, Any]) -> tuple[Path, Path] | None:
                 f"{features}: the feature cache may grow to {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
                 f"are free on this disk; lower sac.buffer_size or sac.views, or choose another output folder"
             )
-        for path, size in sizes.items():
-            with open(path, "xb") as file:
-                file.truncate(size)  # sparse: takes room on the disk only where it is written
+        with open(features, "xb") as file:
+            file.truncate(sizes[features])  # sparse: takes room on the disk only where it is written
+        with open(marks, "xb") as file:
+            file.write(bytes(sizes[marks]))
         write_atomic(described, json.dumps(key, indent=2) + "\n")
         return features, marks
     whole = described.exists() and all(path.exists() and path.stat().st_size == size for path, size in sizes.items())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from so101 import config as settings
-from so101.config import option
+from so101.config import option, require_within
 from so101.errors import ConfigError, DataError
 from so101.files import sha256
 from so101.learn.networks import CHANNELS, EMBEDDING, SpatialHead
@@ -146,6 +146,9 @@ class RewardFile:
     consecutive: int = option(help="frames in a row that make a success")
     guard: StateGuard | None = option(help="tool heights in m and openings in which a success can be")
     provenance: dict[str, Any] = option(help="where the classifier comes from")
+
+    def __post_init__(self) -> None:
+        require_within(self, threshold=(0, 1), consecutive=(1, 1000))
 
 
 def save_reward(

@@ -35,11 +35,11 @@ class SacConfig:
     backup_entropy: bool = option(False, "whether targets pay for entropy too, as in the first SAC paper")
     activation: Literal["tanh", "silu"] = option("tanh", "between layers: tanh (HIL-SERL) or silu (LeRobot)")
     dropout: float = option(0.1, "share of the image embedding dropped when the actor is trained; never when it acts")
-    utd_ratio: float = option(2.0, "critic updates per environment step, at most; missed ones run while the arm resets")
+    utd_ratio: float = option(2.0, "critic updates per environment step")
     actor_every: int = option(2, "critic updates per update of actor and temperature")
     views: int = option(4, "randomly shifted views cached for each frame; 0 trains on the unshifted one")
     pad: int = option(4, "largest shift in pixels, each way")
-    buffer_size: int = option(30_000, "online observations kept; with 2 views about 96 KB each per camera")
+    buffer_size: int = option(30_000, "online observations kept; with 4 views about 130 KB each per camera")
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,10 +76,15 @@ def lift(arm: Arm, clock: Clock, each_tick: Callable[[np.ndarray], None] = lambd
 
 
 def safe_start(arm: Arm) -> None:
-    """Check and configure the servos, then torque on exactly where the arm is."""
+    """Check and configure the servos, then torque on exactly where the arm is; on a failure, none keeps torque."""
     arm.connect()
     arm.configure()
-    arm.set_torque(True)
+    try:
+        arm.set_torque(True)
+    except UserError:
+        with suppress(UserError):  # the first error is the one to tell
+            arm.set_torque(False)
+        raise
 
 
 def safe_close(arm: Arm, clock: Clock, rest: np.ndarray) -> None:
@@ -102,8 +108,11 @@ def safe_close(arm: Arm, clock: Clock, rest: np.ndarray) -> None:
             return
         arm.set_torque(False)
     except KeyboardInterrupt:
-        arm.set_torque(False)
-        print("interrupted again: the arm was released where it was", file=sys.stderr)
+        try:
+            arm.set_torque(False)
+            print("interrupted again: the arm was released where it was", file=sys.stderr)
+        except UserError as error:
+            print(f"interrupted again: {error}", file=sys.stderr)
         raise
     except UserError as error:
         print(f"closing the arm: {error}. It may still hold: support it before cutting its power", file=sys.stderr)

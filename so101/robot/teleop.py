@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from so101.errors import UserError
 from so101.robot.arm import Arm
 from so101.robot.kinematics import forward
 
@@ -185,7 +186,10 @@ class Teleop:
         self.keys.hear(cue)
 
     def close(self) -> None:
-        """Leave the leader limp and the terminal as it was."""
+        """Leave the leader limp and the terminal as it was; what fails is told, and hides no earlier error."""
         self.keys.close()
         if self.leader is not None:
-            self.leader.release()
+            try:
+                self.leader.release()
+            except UserError as error:
+                print(f"releasing the leader: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from so101.config import option
+from so101.config import option, require_within
 from so101.robot import teleop
 from so101.robot.kinematics import forward, jaw_angle, solve_ik
 from so101.sim.servos import SimServos
@@ -35,6 +35,10 @@ class OperatorConfig:
     help_share: float = option(1.0, "share of the training episodes in which help is given when it is needed")
     explore_steps: int = option(10, "steps that the policy is left alone before each intervention")
     guide_steps: int = option(12, "steps that an intervention lasts at most")
+
+    def __post_init__(self) -> None:
+        steps = (0, 1_000_000)
+        require_within(self, noise=(0, 1), speed=(1e-6, 0.1), help_share=(0, 1), explore_steps=steps, guide_steps=steps)
 
 
 class Operator:
