@@ -64,7 +64,7 @@ class Config:
     reward_model: str = option("outputs/lift_reward", "folder of the reward classifier; trained first if missing")
     encoder: str | None = option(None, "ResNet10 weight file (.safetensors); null: a seeded random start")
     mode: Literal["alternate"] = option("alternate", "actor and learner take turns in one process")
-    steps: int = option(3000, "environment steps of training")
+    steps: int = option(4000, "environment steps of training")
     learning_starts: int = option(100, "environment steps with random actions before learning starts")
     checkpoint_every: int = option(500, "environment steps between checkpoints")
     evaluation_episodes: int = option(50, "episodes of the evaluation at the end; 0: none")
