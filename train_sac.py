@@ -340,7 +340,8 @@ class Run:
         for episode in recorded:
             corrected = episode.index in corrections.episodes
             success = observed_success(episode, corrections if corrected else None)
-            assert success is not None
+            if success is None:
+                raise DataError(f"{self.episodes.folder}: episode {episode.index} is labelled skip; unlabel it")
             path = trajectory(episode, success, self.config.preprocess, self.config.reward, consecutive=1)
             if corrected:  # a person's verdict is an end, also where time had run out
                 path.terminated[-1], path.truncated[-1] = True, False
