@@ -84,7 +84,7 @@ def main(config: Config) -> None:
         env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)
         folder.parent.mkdir(parents=True, exist_ok=True)
         save(config, config_path(folder))
-        writer = DatasetWriter.open(
+        writer = DatasetWriter(
             folder, fps=config.env.fps, cameras=config.rig.frame_sizes, task=config.task, schema=schema
         )
         stack.enter_context(closing(writer))

@@ -226,7 +226,7 @@ class Run:
         self.progress = Progress("train", config.steps, "step")
         self.recent: deque[bool] = deque(maxlen=20)  # success of the last episodes
         self.alone: deque[bool] = deque(maxlen=20)  # the same, without help
-        self.episodes = DatasetWriter.open(
+        self.episodes = DatasetWriter(
             folder / "episodes",
             fps=config.env.fps, cameras=config.rig.frame_sizes, task="online", schema=config.schema(),
         )  # fmt: skip

@@ -90,7 +90,7 @@ def tree(folder: Path) -> dict[str, tuple[int, str]]:
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
     """Two episodes of 4 and 6 rows."""
-    writer = DatasetWriter.create(tmp_path / "set", **MADE)
+    writer = DatasetWriter(tmp_path / "set", **MADE)
     assert (record(writer, 0, 4), record(writer, 1, 6)) == (0, 1)
     writer.close()
     return tmp_path / "set"
@@ -119,7 +119,7 @@ def test_appending_touches_no_data_or_video_that_exists(recorded: Path) -> None:
         return {n: e for n, e in tree(recorded).items() if n.startswith(tops) and e[1]}
 
     before = kept()
-    writer = DatasetWriter.resume(recorded, **MADE)
+    writer = DatasetWriter(recorded, **MADE)
     assert writer.recovered == [] and writer.episodes == 2
     assert record(writer, 2, 3) == 2
     writer.close()
@@ -130,7 +130,7 @@ def test_appending_touches_no_data_or_video_that_exists(recorded: Path) -> None:
 
 def test_timestamps_are_the_frame_number_over_fps_in_float32(tmp_path: Path) -> None:
     """1/30 added up in float32 drifts; LeRobot refuses 1e-4 s of it."""
-    writer = DatasetWriter.create(tmp_path / "set", fps=30, cameras={}, task="t", schema={})
+    writer = DatasetWriter(tmp_path / "set", fps=30, cameras={}, task="t", schema={})
     for _ in range(1500):
         writer.add(np.zeros(18), np.zeros(4), {}, capture_time=0.0)
     writer.save_episode(np.zeros(18), {}, 50.0)
@@ -141,7 +141,7 @@ def test_timestamps_are_the_frame_number_over_fps_in_float32(tmp_path: Path) -> 
 
 
 def test_verdicts_given_at_the_end_replace_those_of_the_rows(tmp_path: Path) -> None:
-    writer = DatasetWriter.create(tmp_path / "set", fps=10, cameras={}, task="t", schema={})
+    writer = DatasetWriter(tmp_path / "set", fps=10, cameras={}, task="t", schema={})
     for _ in range(3):
         writer.add(np.zeros(18), np.zeros(4), {}, capture_time=0.0, reward=0.5, done=True, is_intervention=True)
     with pytest.raises(DataError, match=r"next.reward: got shape \(2,\), the episode has 3 rows"):
@@ -159,7 +159,7 @@ def test_verdicts_given_at_the_end_replace_those_of_the_rows(tmp_path: Path) -> 
 def test_a_discarded_take_leaves_nothing_in_the_next(recorded: Path) -> None:
     """Discarded frames that came back in the next video spoiled 235 of 758 recordings elsewhere."""
     before = {name for name, entry in tree(recorded).items() if entry[1]}
-    writer = DatasetWriter.resume(recorded, **MADE)
+    writer = DatasetWriter(recorded, **MADE)
     for i in range(5):
         writer.add(state(9, i), np.zeros(4), frames(9, i), capture_time=0.0)
     writer.discard_episode()
@@ -173,31 +173,30 @@ def test_a_discarded_take_leaves_nothing_in_the_next(recorded: Path) -> None:
 
 def test_nothing_is_overwritten_and_nothing_foreign_is_continued(recorded: Path) -> None:
     before = tree(recorded)
-    with pytest.raises(DataError, match="exists already") as refused:
-        DatasetWriter.create(recorded, **MADE)
-    assert refused.value.exit_code == 4
     for change, said in (
         ({"fps": 30}, "fps is 10 there, 30 here"),
         ({"cameras": {"gripper_cam": (64, 48), "side": SIZE}}, r"\[32, 48\].*\[64, 48\]"),
         ({"schema": {**SCHEMA, "state": ["b", "a"]}}, r"state is \['a', 'b'\] there"),
     ):
-        with pytest.raises(DataError, match=said):
-            DatasetWriter.resume(recorded, **{**MADE, **change})
+        with pytest.raises(DataError, match=said) as refused:
+            DatasetWriter(recorded, **{**MADE, **change})
+        assert refused.value.exit_code == 4
     assert tree(recorded) == before
     (recorded.parent / "empty").mkdir()
-    with pytest.raises(DataError, match="exists already"):
-        DatasetWriter.create(recorded.parent / "empty", **MADE)
-    DatasetWriter.create(recorded.parent / "new" / "deep" / "set", **MADE).close()
+    with pytest.raises(DataError, match="meta/info.json"):
+        DatasetWriter(recorded.parent / "empty", **MADE)
+    assert list((recorded.parent / "empty").iterdir()) == []
+    DatasetWriter(recorded.parent / "new" / "deep" / "set", **MADE).close()
     assert open_dataset(recorded.parent / "new" / "deep" / "set").episodes == []
 
 
 def test_two_writers_to_one_folder_are_refused(recorded: Path) -> None:
-    first = DatasetWriter.resume(recorded, **MADE)
+    first = DatasetWriter(recorded, **MADE)
     with pytest.raises(DataError, match=f'"pid": {os.getpid()}'):
-        DatasetWriter.resume(recorded, **MADE)
+        DatasetWriter(recorded, **MADE)
     assert record(first, 2, 3) == 2
     first.close()
-    second = DatasetWriter.resume(recorded, **MADE)
+    second = DatasetWriter(recorded, **MADE)
     with pytest.raises(UserError, match="was closed"):
         record(first, 3, 3)
     assert record(second, 3, 2) == 3
@@ -206,7 +205,7 @@ def test_two_writers_to_one_folder_are_refused(recorded: Path) -> None:
 
 
 def test_rows_that_break_the_schema_are_refused(recorded: Path) -> None:
-    writer = DatasetWriter.resume(recorded, **MADE)
+    writer = DatasetWriter(recorded, **MADE)
     good = frames(2, 0)
     zero = np.zeros(4)
     for values, said in (
@@ -308,7 +307,7 @@ def test_several_episodes_in_one_file_as_lerobot_writes_them(tmp_path: Path) -> 
     assert [round(frame.mean() / 30) for frame in second.frames("top")] == [3, 4, 5, 6]
     assert second.closing() is None and second.observations == 4
     with pytest.raises(DataError, match="another program"):
-        DatasetWriter.resume(tmp_path, **MADE)
+        DatasetWriter(tmp_path, **MADE)
 
 
 def test_data_files_are_as_lerobot_reads_them(recorded: Path) -> None:
@@ -416,7 +415,7 @@ def test_a_full_disk_costs_the_episode_in_progress_only(recorded: Path, size: in
     """It fills up in the video, the data file, the closing observation, the episodes file."""
     kept = {name: entry for name, entry in tree(recorded).items() if name.startswith(("data/", "videos/", "closing/"))}
     kept = {name: entry for name, entry in kept.items() if entry[1]}
-    writer = DatasetWriter.resume(recorded, **MADE)
+    writer = DatasetWriter(recorded, **MADE)
     with file_size_limit(size), pytest.raises(UserError, match="The 2 episodes saved are whole"):
         record(writer, 2, 40)
     with pytest.raises(UserError, match="resume"):
@@ -425,7 +424,7 @@ def test_a_full_disk_costs_the_episode_in_progress_only(recorded: Path, size: in
     assert {name: now[name] for name in kept} == kept
     assert len(list((recorded / "data").rglob("*.parquet"))) == 2
     check(open_dataset(recorded), [4, 6])
-    again = DatasetWriter.resume(recorded, **MADE)
+    again = DatasetWriter(recorded, **MADE)
     assert record(again, 2, 3) == 2
     again.close()
     check(open_dataset(recorded), [4, 6, 3])
@@ -436,7 +435,7 @@ def test_ctrl_c_between_any_two_steps_of_a_save(
     recorded: Path, monkeypatch: pytest.MonkeyPatch, survives: int, saved: int
 ) -> None:
     """As below, but the program lives on: what is not committed is out of data/ when it is seen."""
-    writer = DatasetWriter.resume(recorded, **MADE)
+    writer = DatasetWriter(recorded, **MADE)
     rename, left = os.rename, survives
 
     def interrupted(source: str, target: str) -> None:
@@ -455,7 +454,7 @@ def test_ctrl_c_between_any_two_steps_of_a_save(
     writer.close()
     assert len(list((recorded / "data").rglob("*.parquet"))) == saved
     check(open_dataset(recorded), [4, 6, 3][:saved])
-    again = DatasetWriter.resume(recorded, **MADE)
+    again = DatasetWriter(recorded, **MADE)
     assert again.episodes == saved
     again.close()
     assert json.loads((recorded / "meta/info.json").read_text())["total_episodes"] == saved
@@ -469,6 +468,7 @@ def serve(folder: str) -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            sys.stdout = sys.stderr  # standard output is for the two lines below
             left = int(line)
 
             def count_down(source: object, target: object, rename: object = os.rename) -> None:
@@ -480,7 +480,7 @@ def serve(folder: str) -> None:
 
             if left < 999:
                 os.rename = os.replace = count_down  # type: ignore[assignment]
-            writer = DatasetWriter.resume(folder, **MADE)
+            writer = DatasetWriter(folder, **MADE)
             while True:
                 record(writer, writer.episodes, 1 + writer.episodes % 4)
         print(child, flush=True)
@@ -513,7 +513,7 @@ def run_recorder(process: "subprocess.Popen[str]", survives: int, seconds: float
 
 @posix
 def test_killed_at_any_instant_every_saved_episode_is_whole(tmp_path: Path) -> None:
-    DatasetWriter.create(tmp_path / "set", **MADE).close()
+    DatasetWriter(tmp_path / "set", **MADE).close()
     rng = random.Random(5)
     total = 0
     with recorder(tmp_path / "set") as process:
@@ -524,7 +524,7 @@ def test_killed_at_any_instant_every_saved_episode_is_whole(tmp_path: Path) -> N
             total = len(dataset.episodes)
             check(dataset, [1 + e % 4 for e in range(total)])
     assert total >= 1
-    writer = DatasetWriter.resume(tmp_path / "set", **MADE)
+    writer = DatasetWriter(tmp_path / "set", **MADE)
     assert record(writer, total, 1 + total % 4) == total
     writer.close()
     check(open_dataset(tmp_path / "set"), [1 + e % 4 for e in range(total + 1)])
@@ -538,12 +538,12 @@ def test_killed_between_any_two_steps_of_a_save(tmp_path: Path) -> None:
     with recorder(tmp_path / "set") as process:
         for survives, saved in enumerate([1, 1, 1, 1, 1, 2, 2]):
             folder = tmp_path / "set"
-            writer = DatasetWriter.create(folder, **MADE)
+            writer = DatasetWriter(folder, **MADE)
             record(writer, 0, 1)
             writer.close()
             run_recorder(process, survives, 0.0)
             check(open_dataset(folder), [1, 2][:saved])
-            writer = DatasetWriter.resume(folder, **MADE)
+            writer = DatasetWriter(folder, **MADE)
             moved = [name for name in writer.recovered if "tmp" not in name]
             assert len(moved) == (0 if saved == 2 else 5)  # what was staged or moved, never deleted
             assert all((folder / ".leftovers/000" / name).is_file() for name in writer.recovered)

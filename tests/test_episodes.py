@@ -25,7 +25,7 @@ def record(folder, lengths, rewards=None, done=False, truncated=True):
     """Episodes of the toy world; returns the actions of each."""
     rng = np.random.default_rng(0)
     actions = []
-    writer = DatasetWriter.create(folder, fps=10.0, cameras={"wrist": (64, 64)}, task="toy", schema=SCHEMA)
+    writer = DatasetWriter(folder, fps=10.0, cameras={"wrist": (64, 64)}, task="toy", schema=SCHEMA)
     for length in lengths:
         state = np.zeros(18, np.float32)
         taken = rng.uniform(-1, 1, (length, 4)).astype(np.float32)

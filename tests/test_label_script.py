@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
     """Three episodes of 9 rows, so of 10 observations."""
-    writer = DatasetWriter.create(tmp_path / "lift", fps=10, cameras={}, task="lift", schema={})
+    writer = DatasetWriter(tmp_path / "lift", fps=10, cameras={}, task="lift", schema={})
     for _ in range(3):
         for i in range(9):
             writer.add(np.zeros(18), np.zeros(4), {}, capture_time=i / 10)

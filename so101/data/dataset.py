@@ -210,26 +210,8 @@ class DatasetWriter:
     was moved to `.leftovers/`.
     """
 
-    def __init__(self, folder: Path, info: dict[str, Any], task: str) -> None:
-        """Use `create` or `resume`."""
-        self.folder, self.fps, self.task = folder, info["fps"], task
-        features = info["features"]
-        self.cameras = {layout.camera_of(k): layout.image_size(features[k]) for k in layout.video_keys(features)}
-        self._info = info
-        self._take: _Take | None = None
-        self._open = True
-        self._lock = FolderLock(folder)
-        try:
-            self._load()
-            self.recovered = self._set_aside()
-            self._write_meta()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    @classmethod
-    def create(
-        cls,
+    def __init__(
+        self,
         folder: Path | str,
         *,
         fps: float,
@@ -237,62 +219,33 @@ class DatasetWriter:
         task: str,
         schema: dict[str, Any],
         robot_type: str = "so101_follower",
-    ) -> "DatasetWriter":
-        """Make a new, empty dataset. `cameras`: name -> (height, width); `schema`: of schema.describe.
+    ) -> None:
+        """Make a new, empty dataset, or go on after the last saved episode of one that is there.
 
-        Raises DataError where the folder exists already, or a camera's name or size cannot be used.
+        `cameras`: name -> (height, width); `schema`: of schema.describe. Prints what a kill had left behind.
+        Raises DataError for a camera's name or size that cannot be used, and, for a folder that is there,
+        where fps, cameras or schema are not those it was made with, a file is missing, another program made
+        it, or another process is writing to it.
         """
-        folder = Path(folder)
-        if folder.exists():
-            raise DataError(f"{folder}: exists already, and nothing is ever overwritten; resume it or use a new name")
-        info = layout.new_info(fps, cameras, schema, robot_type)
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}.new")  # renamed when whole, as files are
-        (aside / "meta").mkdir(parents=True)
-        write_atomic(aside / "meta" / "info.json", _json(info))
-        os.rename(aside, folder)
-        sync_folder(folder.parent)
-        return cls(folder, info, task)
-
-    @classmethod
-    def resume(
-        cls,
-        folder: Path | str,
-        *,
-        fps: float,
-        cameras: Mapping[str, tuple[int, int]],
-        task: str,
-        schema: dict[str, Any],
-    ) -> "DatasetWriter":
-        """Go on with a dataset that `create` made, after its last saved episode.
-
-        Raises DataError where fps, cameras or schema are not those it was made with, a file is missing, or
-        another process is writing to it.
-        """
-        found = open_dataset(folder)
-        if found.schema is None:
-            raise DataError(f"{folder}: was recorded by another program, so it cannot be appended to; make a new one")
-        have = {"fps": found.fps, "cameras": {name: list(size) for name, size in found.cameras.items()}}
-        want = {"fps": fps, "cameras": {name: list(size) for name, size in cameras.items()}}
-        require_same(have, want, str(folder))
-        require_same(found.schema, json.loads(json.dumps(schema)), str(folder))
-        return cls(Path(folder), _read_info(Path(folder)), task)
-
-    @classmethod
-    def open(
-        cls,
-        folder: Path | str,
-        *,
-        fps: float,
-        cameras: Mapping[str, tuple[int, int]],
-        task: str,
-        schema: dict[str, Any],
-    ) -> "DatasetWriter":
-        """`resume` where the folder is there, else `create`; prints what a kill had left behind."""
-        start = cls.resume if Path(folder).exists() else cls.create
-        writer = start(folder, fps=fps, cameras=cameras, task=task, schema=schema)
-        for leftover in writer.recovered:
+        self.folder, self.fps, self.task = Path(folder), fps, task
+        self.cameras = {name: (height, width) for name, (height, width) in cameras.items()}
+        if self.folder.exists():
+            self._require_made_so(schema)
+        else:
+            _make(self.folder, layout.new_info(fps, cameras, schema, robot_type))
+        self._info = _read_info(self.folder)
+        self._take: _Take | None = None
+        self._open = True
+        self._lock = FolderLock(self.folder)
+        try:
+            self._load()
+            self.recovered = self._set_aside()
+            self._write_meta()
+        except BaseException:
+            self._lock.release()
+            raise
+        for leftover in self.recovered:
             print(f"{folder}: set aside from an interrupted recording: {leftover}")
-        return writer
 
     @property
     def episodes(self) -> int:
@@ -408,6 +361,15 @@ class DatasetWriter:
                     "progress is lost; make room on the disk, or mend it, and resume"
                 ) from error
             raise
+
+    def _require_made_so(self, schema: dict[str, Any]) -> None:
+        found = open_dataset(self.folder)
+        if found.schema is None:
+            raise DataError(f"{self.folder}: another program made it, so it cannot be appended to; make a new one")
+        have = {"fps": found.fps, "cameras": {name: list(size) for name, size in found.cameras.items()}}
+        want = {"fps": self.fps, "cameras": {name: list(size) for name, size in self.cameras.items()}}
+        require_same(have, want, str(self.folder))
+        require_same(found.schema, json.loads(json.dumps(schema)), str(self.folder))
 
     def _new_take(self) -> _Take:
         staging = self.folder / ".staging"
@@ -534,6 +496,14 @@ class DatasetWriter:
             stats = {name: {key: v.tolist() for key, v in s.items()} for name, s in self._stats.items()}
             _write_changed(meta / "stats.json", _json(stats))
         _write_changed(meta / "info.json", _json(self._info))
+
+
+def _make(folder: Path, info: dict[str, Any]) -> None:
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.new")  # renamed when whole, as files are
+    (aside / "meta").mkdir(parents=True)
+    write_atomic(aside / "meta" / "info.json", _json(info))
+    os.rename(aside, folder)
+    sync_folder(folder.parent)
 
 
 def _vector(values: np.ndarray, names: tuple[str, ...], where: str) -> np.ndarray:

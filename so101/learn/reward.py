@@ -46,26 +46,15 @@ class RewardConfig:
     guard_margin_opening: float = option(0.05, "added to both ends of the guard's range of openings (0..1)")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "patience", "evaluate_every", "consecutive", "lr"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, must be above 0")
-        for name in (
-            "views",
-            "pad",
-            "brightness",
-            "contrast",
-            "saturation",
-            "weight_decay",
-            "tolerance_frames",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, must not be below 0")
-        if self.batch_size < 2 or self.batch_size % 2:
+        many = 1_000_000_000
+        require_within(
+            self, views=(0, 1000), pad=(0, 16), brightness=(0, 1), contrast=(0, 1), saturation=(0, 1),
+            held_out=(0.01, 0.99), steps=(1, many), patience=(1, many), evaluate_every=(1, many),
+            batch_size=(2, 65_536), lr=(1e-9, 1), weight_decay=(0, 1), dropout=(0, 0.9), consecutive=(1, 1000),
+            tolerance_frames=(0, 1000), guard_margin_z=(0, 1), guard_margin_opening=(0, 1),
+        )  # fmt: skip
+        if self.batch_size % 2:
             raise ConfigError(f"batch_size: got {self.batch_size}, must be even: half of it are successes")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out: got {self.held_out}, must be between 0 and 1, 0.2 say")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout: got {self.dropout}, must be at least 0 and below 1")
 
 
 class SuccessClassifier(nn.Module):

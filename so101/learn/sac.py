@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from so101.config import option
+from so101.config import option, require_within
 from so101.errors import ConfigError, DataError
 from so101.learn.networks import Critics, Policy, drop
 from so101.learn.replay import Batch
@@ -42,28 +42,13 @@ class SacConfig:
     buffer_size: int = option(30_000, "online observations kept; with 4 views about 130 KB each per camera")
 
     def __post_init__(self) -> None:
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ConfigError(f"{name}: got {value}, must be between {low:g} and {high:g}")
+        require_within(
+            self, discount=(0, 1), batch_size=(2, 65_536), lr=(0, 1), tau=(0, 1), temperature_init=(1e-9, 1e3),
+            critics=(1, 100), dropout=(0, 0.9), utd_ratio=(0, 1000), actor_every=(1, 1000), views=(0, 80),
+            pad=(0, 16), buffer_size=(100, 10_000_000),
+        )  # fmt: skip
         if self.subsample is not None and not 1 <= self.subsample <= self.critics:
             raise ConfigError(f"subsample: got {self.subsample}, must be 1 .. critics ({self.critics}) or null")
-
-
-_RANGES = (
-    ("discount", 0, 1),
-    ("batch_size", 2, 65_536),
-    ("lr", 0, 1),
-    ("tau", 0, 1),
-    ("temperature_init", 1e-9, 1e3),
-    ("critics", 1, 100),
-    ("dropout", 0, 0.9),
-    ("utd_ratio", 0, 1000),
-    ("actor_every", 1, 1000),
-    ("views", 0, 80),
-    ("pad", 0, 16),
-    ("buffer_size", 100, 10_000_000),
-)
 
 
 def td_target(reward: Tensor, terminated: Tensor, next_q: Tensor, discount: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from so101.config import option
+from so101.config import option, require_within
 from so101.errors import ConfigError
 from so101.robot.kinematics import jaw_pose
 from so101.sim.contact import CUBE_CORNERS
@@ -58,15 +58,14 @@ class CameraConfig:
     noise: float = option(2.5, "standard deviation of the pixel noise, in grey levels of 255")
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.height < 1:
-            raise ConfigError(f"width: got {self.width}x{self.height} pixels, both sides must be at least 1")
+        require_within(
+            self, width=(1, 4096), height=(1, 4096), fovy_range_deg=(0, 70), pitch_range_deg=(0, 90),
+            position_range=(0, 0.1), noise=(0, 255),
+        )  # fmt: skip
         if not 10.0 <= self.fovy_deg - self.fovy_range_deg <= self.fovy_deg + self.fovy_range_deg <= 150.0:
             raise ConfigError(
                 f"fovy_deg: got {self.fovy_deg} +- {self.fovy_range_deg}, must stay within 10 .. 150 degrees"
             )
-        for name in ("pitch_range_deg", "position_range", "noise"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, must not be negative")
 
 
 class Scene(NamedTuple):

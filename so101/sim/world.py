@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from so101.config import option
+from so101.config import option, require_within
 from so101.errors import ConfigError
 from so101.robot.kinematics import gripper_rotation, point_jacobian, point_position
 from so101.sim import contact
@@ -40,13 +40,13 @@ class WorldConfig:
     lamp_range: float = option(0.25, "the lamp's direction varies by up to this slope along x and y")
 
     def __post_init__(self) -> None:
-        if not 0.02 <= self.cube_size <= 0.045:
-            raise ConfigError(f"cube_size: got {self.cube_size} m, must be 0.02 .. 0.045 for the gripper to hold it")
         if len(self.center) != 2:
             raise ConfigError(f"center: got {self.center}, needs x and y in metres")
-        for name in ("cube_range_xy", "cube_range_yaw", "brightness_range", "colour_range", "lamp_range"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, must be at least 0 and below 1")
+        require_within(
+            self, cube_size=(0.02, 0.045),  # m; what the gripper can hold
+            cube_range_xy=(0, 0.1), cube_range_yaw=(0, math.pi), brightness_range=(0, 0.9),
+            colour_range=(0, 0.9), lamp_range=(0, 1),
+        )  # fmt: skip
 
 
 class Light(NamedTuple):
