@@ -25,6 +25,13 @@ class HardwareError(UserError):
     exit_code = 3
 
 
+class EpisodeAborted(HardwareError):
+    """The episode in progress cannot go on, though the arm is well: drop it, and begin another.
+
+    A script that meets one after the other with no finished episode between them gives up, with exit code 3.
+    """
+
+
 class DataError(UserError):
     """Data that is damaged, would be overwritten, or was made under another schema."""
 

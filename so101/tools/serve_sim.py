@@ -6,6 +6,7 @@ Prints the path of the port to open, on a line of its own, and runs until it is 
 
 import os
 import select
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -41,15 +42,15 @@ def main(config: Config) -> None:
     port = SimPort(servos, Faults(np.random.default_rng(0), config.fault_rate) if config.fault_rate else None)
     with suppress(KeyboardInterrupt):
         print(os.ttyname(theirs), flush=True)
-        serve(ours, port, servos, Clock())
+        serve(ours, port, servos, Clock(), threading.Event())
     os.close(ours)
     os.close(theirs)
 
 
-def serve(terminal: int, port: SimPort, servos: SimServos, clock: Clock) -> None:
+def serve(terminal: int, port: SimPort, servos: SimServos, clock: Clock, stop: threading.Event) -> None:
     """Pass bytes between `terminal` (a file descriptor) and `port`; move `servos` in step with `clock`."""
     moved_until = clock.now()
-    while True:
+    while not stop.is_set():
         readable, _, _ = select.select([terminal], [], [], max(0.0, moved_until + SUBSTEP - clock.now()))
         while clock.now() >= moved_until + SUBSTEP:
             servos.step(SUBSTEP)
