@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -105,6 +106,18 @@ def test_what_was_recorded_is_read_back(recorded: Path) -> None:
     assert columns["next.reward"].tolist() == [0, 0, 1, 0]
     assert columns["capture_time"].tolist() == [0.1 * i + 0.003 for i in range(4)]
     assert columns["next.done"].dtype == columns["next.truncated"].dtype == np.bool_
+
+
+def test_a_save_imports_nothing(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pyarrow guesses a type it imports a module for each value, and swallows a Ctrl-C that comes meanwhile."""
+    asked: list[str] = []
+    finder = SimpleNamespace(find_spec=lambda name, path, target=None: asked.append(name))
+    writer = DatasetWriter(recorded, **MADE)
+    record(writer, 3, 4)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    record(writer, 4, 4)
+    writer.close()
+    assert asked == []
 
 
 def test_opening_and_reading_changes_not_a_byte(recorded: Path) -> None:

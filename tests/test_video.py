@@ -1,6 +1,7 @@
 """Video files: every frame, in order, at its exact time; errors reach whoever adds frames."""
 
 import os
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -147,3 +148,22 @@ def test_abort_frees_the_encoder_with_frames_waiting(tmp_path: Path) -> None:
         writer.add(flat(i, 240, 320))
     writer.abort()
     assert not writer._thread.is_alive()
+
+
+def test_an_interrupt_at_any_instant_leaves_an_encoder_that_can_be_stopped(tmp_path: Path) -> None:
+    """In a queue.Queue it may lose the wake-up of the thread that is to hear of the end, which then sleeps for ever."""
+    frame, rng = np.zeros((16, 16, 3), np.uint8), np.random.default_rng(0)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for number in range(200):
+            writer = VideoWriter(tmp_path / f"{number}.mp4", 10, 16, 16)
+            with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 3e-3))
+                while True:
+                    writer.add(frame)
+            signal.alarm(5)  # a hang would be interrupted too, and the test fail
+            writer.abort()
+            signal.alarm(0)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -430,9 +430,9 @@ class DatasetWriter:
         np.savez_compressed(moves[-1][0], **closing)
         moves.append((stage.with_suffix(".meta.parquet"), layout.EPISODES_PATH.format(**at)))
         flat = {f"stats/{name}/{key}": value.tolist() for name, s in stats.items() for key, value in s.items()}
-        single = {name: [value] for name, value in {**row, **flat}.items()}
-        # 170 columns of one value: without pyarrow's own copy of the schema the file is 28 kB instead of 67
-        pq.write_table(pa.table(single), moves[-1][0], use_dictionary=False, write_statistics=False, store_schema=False)
+        table = layout.episode_table(row | flat)
+        # Without pyarrow's own copy of the schema the file is 28 kB instead of 67.
+        pq.write_table(table, moves[-1][0], use_dictionary=False, write_statistics=False, store_schema=False)
         for staged, _ in moves:
             sync_file(staged)
         for staged, place in moves:

@@ -56,7 +56,11 @@ class VideoWriter:
         self.frames = 0
         self._error: Exception | None = None
         self._aborted = False
-        self._queue: queue.Queue[np.ndarray | None] = queue.Queue(QUEUE_FRAMES)
+        # A Ctrl-C inside queue.Queue may lose its wake-up, and the thread sleeps for ever; a SimpleQueue is made in C.
+        self._queue: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()  # free ones in the queue
+        for _ in range(QUEUE_FRAMES):
+            self._places.put(None)
         rate = Fraction(fps).limit_denominator(1001)
         try:
             self._container = av.open(str(path), "w", format="mp4")
@@ -81,6 +85,7 @@ class VideoWriter:
         self._raise_error()
         if frame.dtype != np.uint8 or frame.shape != self.shape:
             raise DataError(f"{self.path.name}: got a {frame.dtype} {frame.shape} frame, not uint8 {self.shape}")
+        self._places.get()
         self._queue.put(np.array(frame, order="C"))
         self.frames += 1
 
@@ -111,6 +116,7 @@ class VideoWriter:
         # After a failure frames are still taken from the queue, so that the caller never waits for ever.
         index = 0
         while (array := self._queue.get()) is not None:
+            self._places.put(None)
             if self._error is None and not self._aborted:
                 self._attempt(self._encode, array, index)
                 index += 1
