@@ -3,15 +3,17 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from so101.sim.script import Event, play
 from so101.sim.servos import SimPort, SimServos
 from so101.timing import Clock
-from so101.tools.serve_sim import serve
+from so101.tools.serve_sim import Terminal, serve
 
 # Two OpenMP threads that wait for each other on a busy machine are slower than one: 98 s against 22 s measured.
 torch.set_num_threads(1)
@@ -20,41 +22,37 @@ torch.set_num_threads(1)
 class LiveArm:
     """A simulated arm on a pseudo-terminal, in real time: `path` is what serial.Serial opens.
 
-    The test is the hand and the world: it sets `servos` (angles, voltage, conditions) and `port.fault`.
+    The test is the hand and the world: it sets `servos` (angles, voltage, conditions) and `port.fault`, and plays
+    what sim/script.py knows.
     """
 
-    def __init__(self, servos: SimServos) -> None:
-        import tty  # not on Windows
-
-        self.servos, self.port = servos, SimPort(servos)
-        self._ours, self._theirs = os.openpty()
-        tty.setraw(self._theirs)
-        os.set_blocking(self._ours, False)
-        self.path = os.ttyname(self._theirs)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+    def __init__(self, servos: SimServos, link: Path) -> None:
+        self.servos, self.port, self.path = servos, SimPort(servos), str(link)
+        self._terminal, self._stop = Terminal(link), threading.Event()
+        self._thread = threading.Thread(
+            target=serve, args=(self._terminal, self.port, servos, Clock(), self._stop), daemon=True
+        )
         self._thread.start()
 
-    def _serve(self) -> None:
-        with suppress(OSError):
-            serve(self._ours, self.port, self.servos, Clock(), self._stop)
+    def play(self, **event: Any) -> None:
+        """Let something happen: play(after=1.0, fault="vanish", ids=[4], seconds=0.5)."""
+        play(Event(**event), self.port)
 
     def close(self) -> None:
         """Unplug it."""
         self._stop.set()
         self._thread.join(2)
-        for end in (self._ours, self._theirs):
-            with suppress(OSError):
-                os.close(end)
+        if self._terminal.plugged:
+            self._terminal.unplug()
 
 
 @pytest.fixture
-def live_arm() -> Iterator[LiveArm]:
+def live_arm(tmp_path: Path) -> Iterator[LiveArm]:
     """A follower at rest, fresh from the factory but calibrated as SIM_CALIBRATION says."""
     if os.name != "posix":
         pytest.skip("this system has no pseudo-terminals")
     servos = SimServos()
     servos.angle[:5] = np.array([0.0, -1.80, 1.66, 0.73, 1.571])
-    arm = LiveArm(servos)
+    arm = LiveArm(servos, tmp_path / "follower")
     yield arm
     arm.close()

@@ -16,6 +16,8 @@ OK = "ff ff 01 02 00 fc"
 class Wire:
     """A serial port whose far end sends the next of `answers` (hex) after each write."""
 
+    name = "wire"
+
     def __init__(self, answers: Iterable[str]) -> None:
         self.answers = list(answers)
         self.sent: list[str] = []
@@ -33,9 +35,6 @@ class Wire:
     def read(self, size: int) -> bytes:
         data, self.waiting = self.waiting[:size], self.waiting[size:]
         return data
-
-    def reset_input_buffer(self) -> None:
-        self.waiting = b""
 
     def close(self) -> None:
         pass
@@ -170,7 +169,9 @@ def test_the_error_says_which_servo_register_how_often_and_the_bytes() -> None:
         "servo 4 (wrist_flex): no valid reply to READ Present_Position in 4 attempts: "
         "checksum 0xdd, expected 0xda: ff ff 04 04 00 18 05 dd"
     )
-    with pytest.raises(ServoError, match=r"servo 5: .* in 1 attempts: no reply: no bytes came; check its power"):
+    with pytest.raises(
+        ServoError, match=r"servo 5: .* in 1 attempts: no reply; check its power and the cable that leads"
+    ):
         bus_hearing(retries=0).read(5, "Present_Position")
 
 
@@ -204,8 +205,16 @@ def test_requests_that_no_servo_could_fulfil() -> None:
 def test_a_lost_port_is_one_sentence() -> None:
     _, bus = simulated()
     bus.close()
-    with pytest.raises(ServoError, match=r"READ Lock: the port failed .*; is its cable plugged in"):
+    with pytest.raises(ServoError, match=r"READ Lock: the port failed \(simulated: it is closed\); check its USB"):
         bus.read(1, "Lock")
+
+
+def test_a_clean_line_has_nothing_to_report() -> None:
+    bus = bus_hearing("ff ff 01 04 00 18 05 dd", "", "ff ff 01 04 00 18 05 dc", "ff ff 01 04 00 18 05 dd")
+    bus.read(1, "Present_Position")
+    assert bus.report() == ""
+    bus.read(1, "Present_Position")
+    assert bus.report() == "servo line wire: bad answers: 2, asked for again or mended (no reply 1, checksum 1)"
 
 
 def test_eprom_is_written_in_order_and_only_where_it_differs() -> None:

@@ -139,12 +139,14 @@ def test_max_torque_limit_reaches_torque_limit_at_power_up_only() -> None:
     assert bus.read(6, "Torque_Limit") == 500
 
 
-def test_position_is_encoder_minus_homing_offset_and_can_be_negative() -> None:
+def test_position_is_encoder_minus_homing_offset_within_a_turn_unless_it_counts_turns() -> None:
     servos, port, bus = make()
     assert bus.read(2, "Present_Position") == 1996  # angle 0
     bus.write(2, "Homing_Offset", 0)
     assert bus.read(2, "Present_Position") == 1996 + 655  # the encoder itself
     bus.write(3, "Homing_Offset", 2047)
+    assert bus.read(3, "Present_Position") == 2105 - 803 - 2047 + 4096
+    bus.write(3, "Phase", 12 | 16)  # feedback over many turns
     assert bus.read(3, "Present_Position") == 2105 - 803 - 2047  # -745
     assert ask(port, "ff ff 03 04 02 38 02 bc")[15:20] == "e9 82"  # 745 = 0x2e9, sign in bit 15
 
@@ -288,6 +290,8 @@ def test_each_fault_does_what_it_says() -> None:
         noisy = Faults(rng, 1.0, ["noise"])(reply)
         assert len(noisy) > len(reply)
         assert find_status(noisy)[0] == find_status(reply)[0]
+        assert Faults(rng, 1.0, ["echo"])(reply) == reply + reply
+        assert len(Faults(rng, 1.0, ["garbage"])(reply)) == len(reply)
     late = Faults(rng, 1.0, ["late"])
     assert late(reply) == b""
     late.rate = 0.0
@@ -301,6 +305,64 @@ def test_faults_come_at_their_rate_and_repeat_with_their_seed() -> None:
     delivered = [first(reply) for _ in range(2000)]
     assert delivered == [second(reply) for _ in range(2000)]
     assert 130 < sum(data != reply for data in delivered) < 290  # late ones show twice
+
+
+def test_motors_from_the_box_all_have_id_1_and_no_calibration() -> None:
+    servos = SimServos(factory=True)
+    servos.present[:] = [False] * 5 + [True]
+    bus = ServoBus(SimPort(servos))
+    assert bus.ping(1) == 777
+    stored = [bus.read(1, name) for name in ("Baud_Rate", "Homing_Offset", "Min_Position_Limit", "Max_Position_Limit")]
+    assert stored == [0, 0, 0, 4095]
+    bus.write_eprom(1, "ID", 6)
+    servos.present[:] = [True] * 6
+    assert bus.ping(6) == 777
+    servos.angle[5] = JAW_CLOSED
+    assert bus.read(6, "Present_Position") == 1420 - 290  # how it is built in; there is no offset now
+
+
+def test_what_is_due_happens_in_its_step_and_in_order() -> None:
+    servos, happened = SimServos(), []
+    servos.after(0.06, lambda: happened.append("b"))
+    servos.after(0.02, lambda: happened.append("a"))
+    servos.after(0.06, lambda: happened.append("c"))
+    servos.step(DT)
+    assert happened == ["a"]
+    servos.step(DT)
+    assert happened == ["a"]
+    servos.step(DT)
+    assert happened == ["a", "b", "c"]
+
+
+def test_an_unplugged_port_is_an_oserror_until_it_is_opened_again() -> None:
+    port = SimPort(SimServos())
+    port.unplug()
+    for use in (lambda: port.in_waiting, lambda: port.read(1), lambda: port.write(b"x"), port.open):
+        with pytest.raises(OSError):
+            use()
+    port.plug_in()
+    with pytest.raises(OSError, match="the port is closed"):
+        port.read(1)
+    assert port.open() is port
+    assert ask(port, "ff ff 01 02 01 fb") == "ff ff 01 02 00 fc"
+
+
+def test_a_load_that_pauses_is_no_overload() -> None:
+    servos, bus = powered()
+    for servo_id, register, value in ((4, "Overload_Torque", 40), (4, "Protection_Time", 50)):
+        bus.write(servo_id, register, value)
+    servos.block([3])
+    goal = ticks_of(bus, 4, 0.25)  # a load of 0.1668 * 16 * 0.25 = 0.67
+    for _ in range(3):
+        bus.write(4, "Goal_Position", goal)
+        run(servos, 0.4)
+        bus.write(4, "Goal_Position", bus.read(4, "Present_Position"))
+        run(servos, 0.1)
+    assert bus.read(4, "Status") == 0
+    bus.write(4, "Goal_Position", goal)
+    run(servos, 0.6)
+    assert bus.read(4, "Status") == 32
+    assert bus.read(4, "Present_Load") == 200
 
 
 def test_echo_returns_what_was_written() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from so101.config import option, require_within
 from so101.robot import teleop
 from so101.robot.kinematics import forward, jaw_angle, solve_ik
+from so101.robot.sound import Cue
 from so101.sim.servos import SimServos
 from so101.sim.world import World
 
@@ -48,11 +49,10 @@ class Operator:
         self, config: OperatorConfig, world: World, follower: SimServos, leader: SimServos, rng: np.random.Generator
     ) -> None:
         self.config, self.world, self.follower, self.leader, self.rng = config, world, follower, leader, rng
-        self._cue = ""
         self._failures_shown = 0
-        self._begin("")
+        self._begin(None)
 
-    def hear(self, cue: str) -> None:
+    def hear(self, cue: Cue) -> None:
         """Act on what the program says."""
         if cue == teleop.PLACE_CUBE:
             self.world.reset()
@@ -74,7 +74,7 @@ class Operator:
             return self._demonstrate()
         return []
 
-    def _begin(self, cue: str) -> None:
+    def _begin(self, cue: Cue | None) -> None:
         self._cue = cue
         self._ticks = 0
         self._driving = False

@@ -3,15 +3,18 @@
 `SimPort` stands where `serial.Serial` would: everything above it is the code that drives the real arm.
 The motion is first order with a speed limit (the step response that BAM's identified model of this servo
 gives at P 16 and 7.4 V), with the sag of a controller that has no integral part. Acceleration, Goal_Time,
-D and I are stored but do not shape it.
+D and I are stored but do not shape it. What can go wrong with the line or a servo is in sim/script.py.
 """
 
+import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 
 import numpy as np
 
 from so101.robot import feetech
+from so101.robot.arm import MULTI_TURN
 from so101.robot.calibration import Calibration, JointCalibration
 from so101.robot.feetech import BROADCAST_ID, REGISTERS, TICKS_PER_TURN, decode_value, encode_value
 from so101.robot.kinematics import JAW_CLOSED, JAW_OPEN
@@ -68,6 +71,8 @@ FACTORY = {
 }
 MEMORY_SIZE = 256
 EPROM_SIZE = 40
+OVERLOAD = 32  # the bit in feetech.STATUS_BITS
+BAUDS = (1_000_000, 500_000, 250_000, 128_000, 115_200, 76_800, 57_600, 38_400)  # by Baud_Rate code
 WRITABLE = {entry.address + byte for entry in REGISTERS.values() if not entry.read_only for byte in range(entry.size)}
 
 
@@ -77,10 +82,16 @@ class SimServos:
     For the world: `angle` (6,) rad is where the joints are (the gripper's entry is the jaw's angle,
     JAW_CLOSED .. JAW_OPEN), and may be corrected after a step (a jaw that met a cube), which then shows
     as position error and load; `load_torque` (6,) Nm is what pulls on each joint; `torque_on` (6,) tells
-    which are driven. `voltage` (6,) V and `condition` (6,) bits of feetech.STATUS_BITS can be set too.
+    which are driven. `voltage` (6,) V and `condition` (6,) bits of feetech.STATUS_BITS can be set too, and
+    `present`, which servos are on the line. `now` is the s that `step` has let pass.
+
+    `factory` makes servos as they come in the box: all with id 1, no homing offset, limits 0 .. 4095.
+    A load above Overload_Torque for Protection_Time latches an overload: Protective_Torque is all that the
+    servo gives until its torque is switched off and on (no document says what clears it; this is the
+    cautious reading).
     """
 
-    def __init__(self, calibration: Calibration = SIM_CALIBRATION) -> None:
+    def __init__(self, calibration: Calibration = SIM_CALIBRATION, factory: bool = False) -> None:
         joints = [calibration.joints[name] for name in JOINTS]
         self.angle = np.zeros(6)
         self.load_torque = np.zeros(6)
@@ -99,48 +110,73 @@ class SimServos:
         ends = np.array([[joint.range_min, joint.range_max] for joint in joints]).T
         offsets = np.array([joint.homing_offset for joint in joints])
         stops = (ends + offsets - self._encoder_at_zero) * self._rad_per_tick
-        self._stop_low, self._stop_high = stops.min(axis=0), stops.max(axis=0)
+        self._stops = self._stop_low, self._stop_high = stops.min(axis=0), stops.max(axis=0)
 
-        self._eprom = [self._factory_eprom(joint) for joint in joints]
+        self.now = 0.0
+        self.present = [True] * 6
+        self._agenda: list[tuple[float, int, Callable[[], object]]] = []  # a heap
+        self._order = count()  # of what falls due at the same time
+        self._latched: set[int] = set()  # overloaded
+        self._strained, self._straining = np.zeros(6), False  # s that the load has been above Overload_Torque
+        self._overload_duty, self._protection_time = np.ones(6), np.ones(6)
+        self._goal, self._delayed_goal = np.zeros(6), np.zeros(6)  # rad, within the position limits
+        self._delayed_torque = np.zeros(6, dtype=bool)
+        self._goal_speed = np.zeros(6)  # rad/s
+        self._offset = np.zeros(6)  # ticks
+        self._p_gain = np.zeros(6)
+        self._stiffness = np.zeros(6)  # Nm/rad
+        self._max_duty = np.zeros(6)
+        self._before, self._dt = self.angle.copy(), 1.0  # at the start of the last step, and its length
+        self._eprom = [self._factory_eprom(None if factory else joint) for joint in joints]
+        self._memory = [bytearray(MEMORY_SIZE) for _ in JOINTS]
+        self._pending: list[tuple[int, bytes] | None] = [None] * 6  # what REG WRITE left for ACTION
         self.power_cycle()
 
     @staticmethod
-    def _factory_eprom(joint: JointCalibration) -> bytearray:
+    def _factory_eprom(joint: JointCalibration | None) -> bytearray:
         eprom = bytearray(EPROM_SIZE)
-        own = {
-            "ID": joint.id,
-            "Homing_Offset": joint.homing_offset,
-            "Min_Position_Limit": joint.range_min,
-            "Max_Position_Limit": joint.range_max,
-        }
+        own = (
+            {"ID": 1, "Max_Position_Limit": TICKS_PER_TURN - 1}
+            if joint is None
+            else {
+                "ID": joint.id,
+                "Homing_Offset": joint.homing_offset,
+                "Min_Position_Limit": joint.range_min,
+                "Max_Position_Limit": joint.range_max,
+            }
+        )
         for name, value in {**FACTORY, **own}.items():
             address = REGISTERS[name].address
             eprom[address : address + REGISTERS[name].size] = encode_value(name, value)
         return eprom
 
-    def power_cycle(self) -> None:
+    def power_cycle(self, indices: Iterable[int] = range(6)) -> None:
         """Switch the supply off and on: only what EPROM keeps survives, and the torque is off."""
-        self._memory = [bytearray(MEMORY_SIZE) for _ in JOINTS]
-        self._pending: list[tuple[int, bytes] | None] = [None] * 6  # what REG WRITE left for ACTION
-        self._goal = np.zeros(6)  # rad, within the position limits
-        self._goal_speed = np.zeros(6)  # rad/s
-        self._offset = np.zeros(6)  # ticks
-        self._p_gain = np.zeros(6)
-        self._max_duty = np.zeros(6)
-        for index, memory in enumerate(self._memory):
+        for index in indices:
+            memory = self._memory[index] = bytearray(MEMORY_SIZE)
             memory[:EPROM_SIZE] = self._eprom[index]
             torque_limit, lock = REGISTERS["Torque_Limit"].address, REGISTERS["Lock"].address
             memory[torque_limit : torque_limit + 2] = memory[16:18]
             memory[lock] = 1
             memory[REGISTERS["Maximum_Acceleration"].address] = 254
+            self._pending[index] = None
+            self._latched.discard(index)
             self._apply(index)
-        self._delayed_goal, self._delayed_torque = self._goal.copy(), self.torque_on.copy()
-        self._before, self._dt = self.angle.copy(), 1.0  # at the start of the last step, and its length
+            self._delayed_goal[index], self._delayed_torque[index] = self._goal[index], False
+            self._before[index] = self.angle[index]
+
+    def after(self, seconds: float, do: Callable[[], object]) -> None:
+        """Call `do` in the step that completes `seconds` from now."""
+        heapq.heappush(self._agenda, (self.now + seconds - 1e-9, next(self._order), do))  # now is a sum of dt
 
     def step(self, dt: float) -> None:
         """Let `dt` seconds pass. Orders take effect one step after they came."""
+        self.now += dt
+        while self._agenda and self._agenda[0][0] <= self.now:
+            heapq.heappop(self._agenda)[2]()
         driven = self.torque_on & self._delayed_torque
-        aim = self._delayed_goal + self.load_torque / (STIFFNESS_PER_P * self._p_gain)
+        goal = self._within_protective_reach(self._delayed_goal) if self._latched else self._delayed_goal
+        aim = goal + self.load_torque / self._stiffness
         farthest = self._goal_speed * dt
         motion = (aim - self.angle) * (1 - math.exp(-dt / TIME_CONSTANT))
         motion = np.minimum(np.maximum(motion, -farthest), farthest)
@@ -149,11 +185,40 @@ class SimServos:
         np.copyto(self.angle, self._within_stops(self.angle + motion), where=driven)
         duty = self._duty()
         self.temperature += dt * (HEATING * duty * duty - COOLING * (self.temperature - AMBIENT))
+        if self._straining or duty.dot(duty) > self._overload_squared:  # cheap, and false in ordinary motion
+            self._strain(duty, dt)
         self._delayed_goal[:], self._delayed_torque[:] = self._goal, self.torque_on
 
     def move_by_hand(self, angle: np.ndarray) -> None:
         """Put the joints without torque at `angle` (6,) rad, as far as their stops let them."""
         np.copyto(self.angle, self._within_stops(angle), where=~self.torque_on)
+
+    def overload(self, index: int) -> None:
+        """Latch an overload in servo `index`."""
+        self._latched.add(index)
+        self._apply(index)
+
+    def block(self, indices: Sequence[int]) -> None:
+        """Something holds these joints (and no others) where they are."""
+        self._stop_low, self._stop_high = (stops.copy() for stops in self._stops)
+        self._stop_low[indices] = self._stop_high[indices] = self.angle[indices]
+
+    def store(self, index: int, register: str, value: int) -> None:
+        """Servo `index` holds another value of any register, EPROM or read-only ones too: another's setting."""
+        entry, data = REGISTERS[register], encode_value(register, value)
+        self._memory[index][entry.address : entry.address + entry.size] = data
+        if entry.eprom:
+            self._eprom[index][entry.address : entry.address + entry.size] = data
+        self._apply(index)
+
+    def listening(self, baudrate: int) -> dict[int, list[int]]:
+        """The servos (0..5) that understand `baudrate`, by the id that they answer to."""
+        servos: dict[int, list[int]] = {}
+        for index, memory in enumerate(self._memory):
+            code = memory[6]
+            if self.present[index] and code < len(BAUDS) and BAUDS[code] == baudrate:
+                servos.setdefault(memory[5], []).append(index)
+        return servos
 
     def id_of(self, index: int) -> int:
         """The id that servo `index` answers to."""
@@ -191,7 +256,24 @@ class SimServos:
         bits = int(self.condition[index])
         if not memory[15] <= round(self.voltage[index] * 10) <= memory[14]:
             bits |= 1
+        if index in self._latched:
+            bits |= OVERLOAD
         return bits | 4 if self.temperature[index] > memory[13] else bits
+
+    def _strain(self, duty: np.ndarray, dt: float) -> None:
+        """Count how long each servo's load has been above its Overload_Torque, and latch where it was too long."""
+        self._strained = np.where(np.abs(duty) > self._overload_duty, self._strained + dt, 0.0)
+        self._straining = bool(self._strained.any())
+        too_long = (self._strained > 0) & (self._strained >= self._protection_time - 1e-9)
+        for index in np.flatnonzero(too_long).tolist():
+            self.overload(index)
+
+    def _within_protective_reach(self, goal: np.ndarray) -> np.ndarray:
+        """The goals (6,), those of overloaded servos so near that they cannot push harder than they may."""
+        reach = np.full(6, np.inf)
+        for index in self._latched:
+            reach[index] = self._max_duty[index] / (DUTY_PER_RAD * self._p_gain[index])
+        return np.minimum(np.maximum(goal, self.angle - reach), self.angle + reach)
 
     def _within_stops(self, angle: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(angle, self._stop_low), self._stop_high)
@@ -217,12 +299,22 @@ class SimServos:
             goal = min(max(goal, low), high)
         rad_per_tick = float(self._rad_per_tick[index])
         self._offset[index] = offset = self._get(index, "Homing_Offset")
-        self._goal[index] = (goal + offset - float(self._encoder_at_zero[index])) * rad_per_tick
+        at_zero = float(self._encoder_at_zero[index])
+        turns = (round(float(self.angle[index]) / rad_per_tick + at_zero) - offset) // TICKS_PER_TURN
+        self._goal[index] = (goal + offset + TICKS_PER_TURN * turns - at_zero) * rad_per_tick
         speed = abs(self._get(index, "Goal_Velocity") * rad_per_tick)
         self._goal_speed[index] = min(speed, MAX_SPEED) if speed else MAX_SPEED
-        self._p_gain[index] = max(1, self._get(index, "P_Coefficient"))
-        self._max_duty[index] = min(MAX_DUTY, self._get(index, "Torque_Limit") / 1000)
-        self.torque_on[index] = self._get(index, "Torque_Enable") == 1
+        memory = self._memory[index]  # below, one byte each
+        self._p_gain[index] = gain = max(1, memory[21])
+        self._stiffness[index] = STIFFNESS_PER_P * gain
+        torque_on = memory[40] == 1
+        if torque_on and not self.torque_on[index]:
+            self._latched.discard(index)
+        self.torque_on[index] = torque_on
+        protective = memory[34] / 100 if index in self._latched else MAX_DUTY
+        self._max_duty[index] = min(MAX_DUTY, self._get(index, "Torque_Limit") / 1000, protective)
+        self._overload_duty[index], self._protection_time[index] = memory[36] / 100, memory[35] / 100
+        self._overload_squared = min(self._overload_duty.tolist()) ** 2
 
     def _measure(self, index: int) -> None:
         """Bring the measured registers of servo `index` up to date."""
@@ -235,7 +327,9 @@ class SimServos:
             error = (float(self._delayed_goal[index]) - angle) * math.copysign(1.0, rad_per_tick)
             duty = min(max(DUTY_PER_RAD * float(self._p_gain[index]) * error, -limit), limit)
         memory = self._memory[index]
-        self._put(index, "Present_Position", encoder - int(self._offset[index]))
+        position = encoder - int(self._offset[index])
+        multi_turn = memory[REGISTERS["Phase"].address] & MULTI_TURN
+        self._put(index, "Present_Position", position if multi_turn else position % TICKS_PER_TURN)
         fastest = 32767  # all that the register holds; a hand in a simulation has no inertia
         self._put(index, "Present_Velocity", min(max(round(speed), -fastest), fastest))
         self._put(index, "Present_Load", round(duty * 1000))
@@ -252,12 +346,16 @@ class SimPort:
 
     Replies are there at once, and reads never wait: simulated time does not pass while bytes travel.
     `fault` turns each reply into what is delivered (see `Faults`); `echo` is an adapter on one data wire,
-    which hears its own bytes.
+    which hears its own bytes. Servos set to another baud than `baudrate` hear noise, and stay silent.
+    `delay` (s) is for who serves the port in real time: how long the replies are to be kept back.
     """
+
+    name = "simulated"
 
     def __init__(self, servos: SimServos, fault: Callable[[bytes], bytes] | None = None, echo: bool = False) -> None:
         self.servos, self.fault, self.echo = servos, fault, echo
-        self.timeout = 0.0
+        self.timeout, self.delay, self.baudrate = 0.0, 0.0, BAUDS[0]
+        self.plugged = True
         self._received = b""  # by the servos
         self._answered = bytearray()
         self._open = True
@@ -265,18 +363,18 @@ class SimPort:
     @property
     def in_waiting(self) -> int:
         """How many bytes can be read."""
+        self._require_open()
         return len(self._answered)
 
     def write(self, data: bytes) -> int:
         """Give bytes to the servos; an instruction may come in pieces."""
-        if not self._open:
-            raise OSError("the simulated port is closed")
+        self._require_open()
         if self.echo:
             self._answered += data
         self._received += data
         packet, end = feetech.find_instruction(self._received)
         while packet is not None:
-            for reply in self._obey(packet):
+            for reply in filter(None, self._obey(packet)):
                 self._answered += reply if self.fault is None else self.fault(reply)
             self._received = self._received[end:]
             packet, end = feetech.find_instruction(self._received)
@@ -285,6 +383,7 @@ class SimPort:
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes, fewer when fewer are there."""
+        self._require_open()
         data = bytes(self._answered[:size])
         del self._answered[:size]
         return data
@@ -294,36 +393,71 @@ class SimPort:
         self._answered.clear()
 
     def close(self) -> None:
-        """Further writes raise OSError."""
+        """From here on everything but `open` raises OSError."""
         self._open = False
 
-    def _index_of(self, servo_id: int) -> int | None:
-        return next((index for index in range(6) if self.servos.id_of(index) == servo_id), None)
+    def open(self) -> "SimPort":
+        """This port with nothing in its buffers, for a bus's `reopen`. OSError while it is unplugged."""
+        if not self.plugged:
+            raise OSError("no such port")
+        self._received, self._open = b"", True
+        self._answered.clear()
+        return self
+
+    def unplug(self) -> None:
+        """The adapter leaves the computer; the servos keep their power."""
+        self.plugged = self._open = False
+
+    def plug_in(self) -> None:
+        """The adapter comes back; who had it open has to open it again."""
+        self.plugged = True
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise OSError("the port is closed" if self.plugged else "Input/output error")
 
     def _obey(self, packet: feetech.Packet) -> list[bytes]:
         """The replies, in the order in which servos send them. An id that nobody has stays silent."""
         servos, (servo_id, code, params) = self.servos, packet
+        listening = servos.listening(self.baudrate)
         if code == feetech.SYNC_READ and len(params) >= 2:
-            asked = [index for each in params[2:] if (index := self._index_of(each)) is not None]
-            return [self._reply(index, servos.read_memory(index, params[0], params[1])) for index in asked]
+            what = params[:2]
+            return [self._obey_all(listening[each], feetech.READ, what) for each in params[2:] if each in listening]
         if code == feetech.SYNC_WRITE and len(params) >= 2:
             stride = 1 + params[1]
             for at in range(2, len(params) - params[1], stride):
-                if (index := self._index_of(params[at])) is not None:
+                for index in listening.get(params[at], ()):
                     servos.write_memory(index, params[0], params[at + 1 : at + stride])
             return []
         if servo_id == BROADCAST_ID:
-            for index in range(6):
-                self._obey_one(index, code, params)
-            # Nobody answers a broadcast but a PING, which each servo answers in its turn.
-            return [self._reply(index, b"") for index in range(6)] if code == feetech.PING else []
-        index = self._index_of(servo_id)
-        return [] if index is None else self._obey_one(index, code, params)
+            replies = [self._obey_all(indices, code, params) for _, indices in sorted(listening.items())]
+            # Nobody answers a broadcast but a PING, which each id answers in its turn.
+            return replies if code == feetech.PING else []
+        return [self._obey_all(listening[servo_id], code, params)] if servo_id in listening else []
 
-    def _obey_one(self, index: int, code: int, params: bytes) -> list[bytes]:
+    def _obey_all(self, indices: Sequence[int], code: int, params: bytes) -> bytes:
+        """What the servos of one id answer: all at once, so that two of them garble each other."""
+        first, *others = sorted(indices, key=self._return_delay) if len(indices) > 1 else indices
+        heard = self._obey_one(first, code, params)
+        for nth, index in enumerate(others, start=1):
+            reply = self._obey_one(index, code, params)
+            late = nth + (self._return_delay(index) - self._return_delay(first)) // 5  # bytes of 10 us
+            if late >= len(heard):
+                heard += reply
+                continue
+            length = max(len(heard), late + len(reply))
+            low_wins = zip(heard.ljust(length, b"\xff"), (b"\xff" * late + reply).ljust(length, b"\xff"), strict=True)
+            heard = bytes(a & b for a, b in low_wins)
+        return heard
+
+    def _return_delay(self, index: int) -> int:
+        return self.servos.read_memory(index, REGISTERS["Return_Delay_Time"].address, 1)[0]
+
+    def _obey_one(self, index: int, code: int, params: bytes) -> bytes:
+        """Let servo `index` do it; its reply, empty where it gives none."""
         servos = self.servos
         if code == feetech.READ and len(params) == 2:
-            return [self._reply(index, servos.read_memory(index, params[0], params[1]))]
+            return self._reply(index, servos.read_memory(index, params[0], params[1]))
         if code == feetech.WRITE and params:
             servos.write_memory(index, params[0], params[1:])
         elif code == feetech.REG_WRITE and params:
@@ -331,20 +465,20 @@ class SimPort:
         elif code == feetech.ACTION:
             servos.release(index)
         quiet = servos.read_memory(index, REGISTERS["Response_Status_Level"].address, 1) == b"\x00"
-        return [] if quiet and code != feetech.PING else [self._reply(index, b"")]
+        return b"" if quiet and code != feetech.PING else self._reply(index, b"")
 
     def _reply(self, index: int, params: bytes) -> bytes:
         return feetech.status_packet(self.servos.id_of(index), self.servos.error_byte(index), params)
 
 
-FAULTS = ("drop", "truncate", "corrupt", "late", "noise")
+FAULTS = ("drop", "truncate", "corrupt", "late", "noise", "echo", "garbage")
 
 
 class Faults:
     """A bad line: of all replies a fraction `rate` is hit, by one of `kinds` at random.
 
     drop: nothing comes. truncate: the end is missing. corrupt: one bit is flipped. late: it comes in front
-    of the next reply. noise: up to eight bytes precede it.
+    of the next reply. noise: up to eight bytes precede it. echo: it comes twice. garbage: as many random bytes.
     """
 
     def __init__(self, rng: np.random.Generator, rate: float, kinds: Sequence[str] = FAULTS) -> None:
@@ -368,4 +502,8 @@ class Faults:
             reply = bytes(damaged)
         elif kind == "noise":
             reply = self.rng.bytes(int(self.rng.integers(1, 9))) + reply
+        elif kind == "echo":
+            reply += reply
+        elif kind == "garbage":
+            reply = self.rng.bytes(len(reply))
         return before + reply
