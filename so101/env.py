@@ -1,7 +1,7 @@
 """The control step and the reset: what happens, in which order, between an action and its observation.
 
 One plain class instead of a stack of wrappers, because the order is the point: person, clip, target,
-leash, box, IK, limits, write, wait, read, safety, reward (DESIGN.md, section 5).
+leash, box, IK, limits, write, leader, wait, read, safety, reward (DESIGN.md, section 5).
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from so101.config import option, require_within
 from so101.errors import ConfigError
 from so101.images import preprocess
 from so101.robot import safety
-from so101.robot.arm import Arm
+from so101.robot.arm import Arm, Reading
 from so101.robot.kinematics import URDF_LIMITS, forward, rpy, solve_ik
-from so101.robot.teleop import FAILURE, PLACE_CUBE, SUCCESS, TIME_OUT, Teleop
+from so101.robot.teleop import FAILURE, SUCCESS, TIME_OUT, Teleop
 from so101.schema import ARM_JOINTS, Preprocess, RewardSpec
 from so101.timing import Clock, Rate
 
@@ -108,6 +108,9 @@ class Camera(Protocol):
     def latest(self) -> tuple[np.ndarray, float]:
         """Newest frame (H, W, 3) uint8 RGB and its time on the clock."""
 
+    def wait_ready(self) -> None:
+        """Return when there is a good frame; one that was lost may be on its way back."""
+
 
 class Detector(Protocol):
     """Something that sees success: the learned classifier with its vote, say."""
@@ -140,8 +143,8 @@ class Env:
         """`success_ends` False lets a recording go on after success; `detector` None leaves it to the keys."""
         self.config, self.arm, self.cameras, self.teleop = config, arm, cameras, teleop
         self.clock, self.rng = clock, rng
-        self.preprocess, self.reward, self.detector, self.limits = preprocess, reward, detector, limits
-        self.success_ends = success_ends
+        self.preprocess, self.reward, self.detector = preprocess, reward, detector
+        self.success_ends, self.watchdog = success_ends, safety.Watchdog(limits, clock)
         self.rate = Rate(clock, 1 / config.fps)
         self._low = np.array(config.workspace_low)
         self._low[2] = max(self._low[2], config.table_z + TIP_BELOW_TOOL)
@@ -169,11 +172,11 @@ class Env:
         if self.config.random_ee_reset:
             reach = np.array([self.config.random_ee_range_xy] * 2 + [self.config.random_ee_range_z])
             home = np.clip(home + self.rng.uniform(-reach, reach), self._low, self._high)
-        safety.lift(self.arm, self.clock, self.teleop.follow)
+        safety.lift(self.arm, self.clock, self.teleop.follow, self._watch)
         self._go_home(home)
-        self.teleop.hear(PLACE_CUBE)
-        self.clock.sleep_until(self.clock.now() + self.config.reset_time_s)
-        events = frozenset(self.teleop.keys.poll())
+        events = self.teleop.place_object(self.clock, self.config.reset_time_s)
+        for camera in self.cameras.values():
+            camera.wait_ready()
         self.rate.restart()
         self._steps, self._time = 0, None
         if self.detector is not None:
@@ -193,9 +196,9 @@ class Env:
         action = np.clip(action if human.action is None else human.action, -1, 1).astype(np.float32)
         self._move_target(action)
         self._command(self._limit(self._solve()))
+        self.teleop.follow(self._position)
         late = self.rate.wait()
         observation = self._observe()
-        self.teleop.follow(self._position)
         success, failure = self._verdict(human.events, observation)
         self._steps += 1
         terminated = (success and self.success_ends) or failure
@@ -249,7 +252,7 @@ class Env:
         """Read all servos once and take each camera's newest frame."""
         reading = self.arm.read()
         now = self.clock.now()
-        safety.check(reading, self.limits)
+        self._watch(reading)
         position = reading.position
         velocity = np.zeros(6) if self._time is None else (position - self._position) / (now - self._time)
         self._position, self._time = position, now
@@ -258,6 +261,10 @@ class Env:
         frames = {name: camera.latest()[0] for name, camera in self.cameras.items()}
         images = np.stack([preprocess(frame, self.preprocess) for frame in frames.values()])
         return Observation(state, frames, images, now)
+
+    def _watch(self, reading: Reading) -> None:
+        if to_hold := self.watchdog.check(reading, self.arm.commanded):
+            self.arm.hold(to_hold)
 
     def _verdict(self, events: frozenset[str], observation: Observation) -> tuple[bool, bool]:
         """(success, failure); the person's key overrules the detector both ways."""
@@ -275,10 +282,12 @@ class Env:
         self.opening = self.config.gripper_range[1]
         self.target = home
         self.joints = solve_ik(home, HOME_SEED, low=low[:5], high=high[:5], max_iterations=50)
-        safety.ease_to(self.arm, self.clock, np.append(self.joints, self.opening), self.teleop.follow)
+        safety.ease_to(self.arm, self.clock, np.append(self.joints, self.opening), self.teleop.follow, self._watch)
         for _ in range(20):
             self.clock.sleep_until(self.clock.now() + 1 / self.config.fps)
-            position = self.arm.read().position
+            reading = self.arm.read()
+            self._watch(reading)
+            position = reading.position
             self.teleop.follow(position)
             self._tool, _ = forward(position)
             error = home - self._tool

@@ -4,6 +4,7 @@ Refuses, by joint name, whatever does not fit: another arm's calibration, a pose
 calibrated ranges.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ import numpy as np
 from so101.errors import HardwareError, SafetyStop
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.calibration import Calibration
+from so101.robot.feetech import MODEL_STS3215, TICKS_PER_TURN
+from so101.robot.signals import signals_held
 from so101.schema import JOINTS
 
 COMMAND_TOLERANCE = 1e-4  # rad or opening; under a tenth of a tick, above what float32 loses
@@ -25,7 +28,16 @@ SETTINGS = {
     "I_Coefficient": 0,
     "D_Coefficient": 32,
 }
-GRIPPER_MAX_TORQUE = 500  # 0.1 %; a gripper that holds on at full torque burns its motor
+# A gripper that holds on at full torque burns its motor: half the torque, 1.6 A, and an overload from 25 % on.
+GRIPPER_SETTINGS = {"Max_Torque_Limit": 500, "Protection_Current": 250, "Overload_Torque": 25}
+# Bits of Phase: without the first a servo stands still at speed 0, with the second it counts ticks past 4095.
+SPEED_0_IS_MAX, MULTI_TURN = 0x08, 0x10
+VOLATILE = {"Maximum_Acceleration": 254, "Acceleration": 254, "Goal_Velocity": 0, "Goal_Time": 0}  # 0: the highest
+
+SUPPLY_MARGIN = 1.1  # a 7.4 V servo allows 8.0 V, and a full 8.4 V battery does it no harm; 12 V does
+NO_MOTOR_POWER = 4.5  # V; a 5 V supply reads 4.8 and more at the servos
+HOLD_PAST = 0.05  # rad or opening that a held joint's goal is past the joint: it pushes on with 13 % of its PWM
+HOLD_TORQUE, GRIP_TORQUE = 500, 200  # 0.1 %; an outstretched arm needs 300, and a gripper overloads at 250
 
 
 class Reading(NamedTuple):
@@ -41,12 +53,20 @@ class Reading(NamedTuple):
 
 
 class Arm:
-    """The SO-101 behind a bus. Making one sends nothing; `connect` first."""
+    """The SO-101 behind a bus. Making one sends nothing; `connect` first.
+
+    `driven` names the joints that were given torque here, `commanded` (6,) are the goals last sent, `held` has
+    for each joint that holds the goal that it may not pass, and from which side (+1, -1).
+    """
 
     def __init__(self, bus: ServoBus, calibration: Calibration) -> None:
         self.bus, self.calibration = bus, calibration
+        self.driven: set[str] = set()
+        self.commanded = np.zeros(6)
         self._ids = calibration.ids
         self._low, self._high = calibration.limits()
+        self.held: dict[str, tuple[float, float]] = {}
+        self._outages = bus.outages
 
     @property
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
@@ -54,54 +74,68 @@ class Arm:
         return self._low, self._high
 
     def connect(self) -> None:
-        """Check that all six servos answer and were calibrated with this calibration. Moves nothing.
+        """Check that all six servos answer, are well supplied and hold this calibration. Moves nothing.
 
-        Raises ServoError listing every silent servo, HardwareError listing every setting that differs.
+        Parts that differ in model or firmware are only warned of, on stderr. Raises ServoError listing every
+        silent servo, HardwareError for a wrong supply and for every calibration value that differs.
         """
-        silent = self._collect(self.bus.ping, JOINTS)
+        silent = self._collect(lambda name: self.bus.ping(self._id(name)), JOINTS)
+        if len(silent) == len(JOINTS):
+            raise ServoError(
+                f"no servo answers: switch the arm's own power supply on; if it is on, this may be another "
+                f"device's port, or the cable to the first servo is loose. {silent[0]}"
+            )
         if silent:
             raise ServoError(
                 f"{len(silent)} of {len(JOINTS)} servos do not answer; check the power, and the cable "
                 f"before the first of them. " + "; ".join(silent)
             )
-        differing = []
-        for name in JOINTS:
-            joint = self.calibration.joints[name]
-            wanted = {
-                "Homing_Offset": joint.homing_offset,
-                "Min_Position_Limit": joint.range_min,
-                "Max_Position_Limit": joint.range_max,
-            }
-            for register, value in wanted.items():
-                stored = self.bus.read(joint.id, register)
-                if stored != value:
-                    differing.append(f"{name}: {register} is {stored} in the servo, {value} in the calibration")
-        if differing:
-            raise HardwareError(
-                f"this calibration is not the one in the servos: {'; '.join(differing)}. Give the file "
-                f"that was made for this arm, or calibrate it again with so101.tools.calibrate"
-            )
+        found = self._eprom()
+        self._warn_of_other_parts(found)
+        self._require_supply(found)
+        self._require_calibration(found)
 
     def configure(self) -> None:
-        """Bring the servos' settings to ours. EPROM is written only where it differs.
+        """Bring the servos' settings to ours. EPROM is written only where it differs, and so is not worn.
 
-        Call it with torque off: a servo whose EPROM has to be written goes limp.
+        A servo goes limp while its EPROM is written, so one that holds and needs it is a SafetyStop, before
+        anything was written.
         """
-        for name, servo_id in zip(JOINTS, self._ids, strict=True):
-            settings = dict(SETTINGS)
+        found, holding = self._eprom(), self.holding()
+        changes = []
+        for name in JOINTS:
+            has = found[self._id(name)]
+            wanted = SETTINGS | {"Phase": (has["Phase"] | SPEED_0_IS_MAX) & ~MULTI_TURN}
             if name == "gripper":
-                settings["Max_Torque_Limit"] = GRIPPER_MAX_TORQUE
-            for register, value in settings.items():
-                self.bus.write_eprom(servo_id, register, value)
-            # The servo copies this limit at power-up only, and a program that was killed may have left
-            # the working copy lower.
-            self.bus.write(servo_id, "Torque_Limit", self.bus.read(servo_id, "Max_Torque_Limit"))
-            self.bus.write(servo_id, "Maximum_Acceleration", 254)
-            self.bus.write(servo_id, "Acceleration", 254)
+                wanted |= GRIPPER_SETTINGS
+            changes += [(name, register, value) for register, value in wanted.items() if has[register] != value]
+        loaded = [name for name in holding if any(name == changed for changed, _, _ in changes)]
+        if loaded:
+            raise SafetyStop(
+                f"{', '.join(loaded)}: holding, and would fall while their settings are written; support the arm, "
+                f"run `python -m so101.tools.release`, and start again"
+            )
+        for name, register, value in changes:
+            self.bus.write_eprom(self._id(name), register, value)
+        for servo_id in self._ids:
+            for register, value in VOLATILE.items():
+                self.bus.write(servo_id, register, value)
 
     def read(self) -> Reading:
-        """Everything the servos measure, in one transaction."""
+        """Everything the servos measure, in one transaction.
+
+        After an outage of the line also looks whether the driven joints still have their torque: a servo that
+        lost its power comes back limp (SafetyStop).
+        """
         servos = self.bus.sync_read_span("Present_Position", "Present_Current", self._ids)
+        if self._outages != self.bus.outages:
+            self._outages = self.bus.outages
+            limp = [name for name in JOINTS if name in self.driven - set(self.holding())]
+            if limp:
+                raise SafetyStop(
+                    f"{', '.join(limp)}: without torque after the line was interrupted, so the servo lost its power; "
+                    f"support the arm, and look for a loose cable or a weak supply"
+                )
 
         def column(register: str) -> np.ndarray:
             return np.array([servos[servo_id][register] for servo_id in self._ids])
@@ -117,48 +151,165 @@ class Arm:
         )
 
     def command(self, position: np.ndarray) -> None:
-        """Send goals (6,) in one write. SafetyStop for one that is not finite or outside the limits."""
+        """Send goals (6,) in one write. SafetyStop for one that is not finite or outside the limits.
+
+        A held joint stays where it is until its goal leads back; then it gets its full torque again.
+        """
         self._require_inside("commanded", position, COMMAND_TOLERANCE, JOINTS)
-        ticks = self.calibration.to_ticks(np.clip(position, self._low, self._high))
+        goals = np.clip(position, self._low, self._high)
+        freed = []
+        for name, (end, push) in self.held.items():
+            joint = JOINTS.index(name)
+            if (goals[joint] - end) * push > 0:
+                goals[joint] = end
+            else:
+                freed.append(name)
+        ticks = self.calibration.to_ticks(goals)
         self.bus.sync_write("Goal_Position", dict(zip(self._ids, ticks.tolist(), strict=True)))
+        self.commanded = goals
+        for name in freed:
+            self._set_torque_limit(name, self.bus.read(self._id(name), "Max_Torque_Limit"))
+            del self.held[name]
+
+    def hold(self, joints: Sequence[str] = JOINTS) -> None:
+        """Let joints push no further: their goals come back to just past where they are, at reduced torque.
+
+        Every servo is tried, and those that failed are reported together at the end (ServoError).
+        """
+        failed = self._collect(self._hold, [name for name in joints if name not in self.held])
+        if failed:
+            raise ServoError(f"{len(failed)} servos could not be told to hold. " + "; ".join(failed))
 
     def goals(self) -> np.ndarray:
         """The goals (6,) that the servos hold."""
         goals = self.bus.sync_read("Goal_Position", self._ids)
         return self.calibration.to_position(np.array([goals[servo_id] for servo_id in self._ids]))
 
-    def set_torque(self, on: bool, joints: Sequence[str] = JOINTS) -> None:
-        """Switch the torque of `joints`.
+    def holding(self) -> list[str]:
+        """The joints whose servos have torque, whoever gave it."""
+        torque = self.bus.sync_read("Torque_Enable", self._ids)
+        return [name for name in JOINTS if torque[self._id(name)]]
 
-        On: each goal is first set to where the joint is, so that nothing jumps; a pose outside the limits
-        is refused (SafetyStop) before any joint is switched. Off: every servo is tried, and those that
-        failed are reported together at the end (ServoError).
+    def set_torque(self, on: bool, joints: Sequence[str] = JOINTS) -> None:
+        """Switch the torque of `joints`; a Ctrl-C waits until all of them are switched.
+
+        On: each goal is first set to where the joint is, so that nothing jumps, then the torque is unlimited
+        as far as EPROM allows; a pose outside the limits is refused (SafetyStop) before any joint is switched.
+        Off: every servo is tried, and those that failed are reported together at the end (ServoError).
         """
-        if on:
-            ticks = self.bus.sync_read("Present_Position", self._ids)
-            present = self.calibration.to_position(np.array([ticks[servo_id] for servo_id in self._ids]))
-            self._require_inside("found", present, POSE_TOLERANCE, joints)
-            for name in joints:
-                servo_id = self.calibration.joints[name].id
-                self.bus.write(servo_id, "Goal_Position", ticks[servo_id])
-                self.bus.write(servo_id, "Torque_Enable", 1)
-            return
-        failed = self._collect(lambda servo_id: self.bus.write(servo_id, "Torque_Enable", 0), joints)
+        with signals_held():
+            if on:
+                self._drive(joints)
+                return
+            failed = self._collect(self._release, joints)
         if failed:
             raise ServoError(
                 f"torque may still be on in {len(failed)} servos; support the arm and cut its power. "
                 + "; ".join(failed)
             )
 
-    def _collect(self, do: Callable[[int], object], joints: Sequence[str]) -> list[str]:
-        """Do it for every joint's servo, whatever happens to the others; the failures' messages."""
+    def _id(self, name: str) -> int:
+        return self.calibration.joints[name].id
+
+    def _eprom(self) -> dict[int, dict[str, int]]:
+        """What the servos store, {servo id: {register: value}}, in one transaction."""
+        return self.bus.sync_read_span("Firmware_Major_Version", "Overload_Torque", self._ids)
+
+    def _drive(self, joints: Sequence[str]) -> None:
+        ticks = self.bus.sync_read("Present_Position", self._ids)
+        present = self.calibration.to_position(np.array([ticks[servo_id] for servo_id in self._ids]))
+        self._require_inside("found", present, POSE_TOLERANCE, joints)
+        # The servo copies its limit from EPROM at power-up only, and a hold may have left the copy lower.
+        full = self.bus.sync_read("Max_Torque_Limit", self._ids)
+        for name in joints:
+            servo_id, joint = self._id(name), JOINTS.index(name)
+            self.bus.write(servo_id, "Goal_Position", ticks[servo_id])
+            self._set_torque_limit(name, full[servo_id])
+            self.bus.write(servo_id, "Torque_Enable", 1)
+            self.commanded[joint] = present[joint]
+            self.held.pop(name, None)
+            self.driven.add(name)
+
+    def _release(self, name: str) -> None:
+        self.bus.write(self._id(name), "Torque_Enable", 0)
+        self.driven.discard(name)
+
+    def _hold(self, name: str) -> None:
+        servo_id, joint = self._id(name), JOINTS.index(name)
+        present_ticks = self.bus.read(servo_id, "Present_Position")
+        present = self.calibration.to_position(np.full(6, present_ticks))[joint]
+        past = np.clip(self.commanded[joint] - present, -HOLD_PAST, HOLD_PAST)
+        goals = self.commanded.copy()
+        goals[joint] = np.clip(present + past, self._low[joint], self._high[joint])
+        self._set_torque_limit(name, GRIP_TORQUE if name == "gripper" else HOLD_TORQUE)
+        self.bus.write(servo_id, "Goal_Position", int(self.calibration.to_ticks(goals)[joint]))
+        self.commanded, self.held[name] = goals, (float(goals[joint]), float(np.sign(past)))
+
+    def _set_torque_limit(self, name: str, permille: int) -> None:
+        self.bus.write(self._id(name), "Torque_Limit", permille)
+
+    def _collect(self, do: Callable[[str], object], joints: Sequence[str]) -> list[str]:
+        """Do it for every joint, whatever happens to the others; the failures' messages."""
         failures = []
         for name in joints:
             try:
-                do(self.calibration.joints[name].id)
+                do(name)
             except ServoError as error:
                 failures.append(str(error))
         return failures
+
+    def _warn_of_other_parts(self, found: dict[int, dict[str, int]]) -> None:
+        versions = {}
+        for servo_id, has in found.items():
+            name, model = self.bus.names.get(servo_id, str(servo_id)), has["Model_Number"]
+            versions[name] = f"{has['Firmware_Major_Version']}.{has['Firmware_Minor_Version']}"
+            if model != MODEL_STS3215:
+                print(
+                    f"{name}: model {model}, an STS3215 is {MODEL_STS3215}; going on, but its settings may mean "
+                    f"something else",
+                    file=sys.stderr,
+                )
+        if len(set(versions.values())) > 1:
+            said = ", ".join(f"{name} {version}" for name, version in versions.items())
+            print(f"the servos' firmware differs: {said}; going on, but update them if replies fail", file=sys.stderr)
+
+    def _require_supply(self, found: dict[int, dict[str, int]]) -> None:
+        for servo_id, tenths in self.bus.sync_read("Present_Voltage", self._ids).items():
+            name, volts = self.bus.names.get(servo_id, servo_id), tenths / 10
+            low, high = (found[servo_id][f"{end}_Voltage_Limit"] / 10 for end in ("Min", "Max"))
+            if volts > high * SUPPLY_MARGIN:
+                raise HardwareError(
+                    f"{name}: {volts:.1f} V on a servo for {low:.1f} .. {high:.1f} V: this supply is another arm's; "
+                    f"unplug it now, before it burns the servos"
+                )
+            if volts < max(low, NO_MOTOR_POWER):
+                raise HardwareError(
+                    f"{name}: {volts:.1f} V: it answers, but its motor has no power; switch the arm's supply on, "
+                    f"and check its plug"
+                )
+
+    def _require_calibration(self, found: dict[int, dict[str, int]]) -> None:
+        differing = []
+        for name in JOINTS:
+            joint = self.calibration.joints[name]
+            wanted = {
+                "Homing_Offset": joint.homing_offset,
+                "Min_Position_Limit": joint.range_min,
+                "Max_Position_Limit": joint.range_max,
+            }
+            for register, value in wanted.items():
+                stored = found[joint.id][register]
+                if stored != value:
+                    differing.append(f"{name}: {register} is {stored} in the servo, {value} in the calibration")
+        if not differing:
+            return
+        virgin = {"Homing_Offset": 0, "Min_Position_Limit": 0, "Max_Position_Limit": TICKS_PER_TURN - 1}
+        if all(has[register] == value for has in found.values() for register, value in virgin.items()):
+            raise HardwareError("this arm has never been calibrated; run `python -m so101.tools.calibrate` first")
+        raise HardwareError(
+            f"this calibration is not the one in the servos: {'; '.join(differing)}. Give the file "
+            f"that was made for this arm, or calibrate it again with so101.tools.calibrate"
+        )
 
     def _require_inside(self, verb: str, position: np.ndarray, tolerance: float, joints: Sequence[str]) -> None:
         inside = (position >= self._low - tolerance) & (position <= self._high + tolerance)  # NaN: False

@@ -4,57 +4,139 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from so101.config import option
+from so101.config import option, require_within
 from so101.errors import SafetyStop, UserError
 from so101.robot.arm import Arm, Reading
 from so101.robot.feetech import status_names
 from so101.robot.kinematics import forward, solve_ik
+from so101.robot.signals import signals_held
 from so101.schema import JOINTS
 from so101.timing import Clock
 
 LIFT_Z = 0.12  # m; above the cube and the clutter around it, within reach of every x in the workspace
 EASE_SPEED = 1.0  # rad/s; a fifth of what the servos could do
 EASE_PERIOD = 0.05  # s
+EASE_LAG = 0.3  # rad; a free joint is 0.15 behind, and at 0.37 its servo gives all that it has
 AT_REST = 0.15  # rad; a sagging arm rests this near to its commanded rest pose
+SUPPORT_S = 30.0  # for somebody to take hold of an arm that could not be brought to rest
+STALL_MOTION = 0.02  # rad or opening; less than this is no motion
+LONGEST_TICK = 1.0  # s; after a longer pause between checks (a reset) durations are counted anew
+GRIPPER = np.array([name == "gripper" for name in JOINTS])
+VOLTAGE_BIT = 1  # of a servo's status; the voltage has its own limits here
+
+Act = Literal["warn", "hold", "stop"]
 
 
 @dataclass
 class SafetyConfig:
-    """What the watchdog tolerates, per servo."""
+    """What the watchdog tolerates of each servo, and what it does beyond that.
 
-    max_temperature: float = option(65.0, "servo temperature in deg C that stops the arm (the servo's own limit is 70)")
-    min_voltage: float = option(4.5, "supply in V under which the arm is stopped")
-    max_voltage: float = option(8.5, "supply in V over which the arm is stopped (7.4 V servos; 13 for 12 V ones)")
-    max_current: float = option(2.5, "servo current in A that stops the arm (a stalled STS3215 draws about 2.7)")
+    warn: a sentence, once. hold: the joint pushes no further until it is led back. stop: exit code 5.
+    """
+
+    warn_temperature: float = option(55.0, "servo temperature in deg C that is warned of, once")
+    max_temperature: float = option(65.0, "servo temperature in deg C that is too hot (the servo's own limit is 70)")
+    temperature_action: Act = option("stop", "what to do about a servo that is too hot")
+    min_voltage: float = option(4.5, "lowest supply in V")
+    max_voltage: float = option(8.5, "highest supply in V (for 7.4 V servos; 13 for 12 V ones)")
+    voltage_action: Act = option("stop", "what to do about a supply outside of that")
+    max_current: float = option(2.5, "highest servo current in A (a stalled STS3215 draws about 2.7)")
+    current_action: Act = option("stop", "what to do about a higher current")
+    peak_s: float = option(0.5, "seconds that voltage and current may be outside: every fast start is a peak")
+    stall_load: float = option(0.7, "fraction of full PWM with which a joint that does not move is stalled")
+    stall_action: Act = option("stop", "what to do about a stalled joint of the arm; a stalled gripper always holds")
+    grip_load: float = option(0.2, "stall_load of the gripper; its servo calls 0.25 for 2 s an overload")
+    stall_s: float = option(1.0, "seconds of pushing without motion that make a stall")
+
+    def __post_init__(self) -> None:
+        require_within(self, stall_load=(0.05, 1), grip_load=(0.05, 1), peak_s=(0, 10), stall_s=(0, 10))
+        require_within(self, max_voltage=(self.min_voltage, 20), max_temperature=(self.warn_temperature, 80))
 
 
-def check(reading: Reading, config: SafetyConfig) -> None:
-    """Raise SafetyStop, naming the joint, when a servo is hot, badly supplied, overdrawn or reports a fault."""
-    limits = (
-        (reading.temperature > config.max_temperature, "{:.0f} deg C", reading.temperature, "let it cool"),
-        (reading.voltage < config.min_voltage, "{:.1f} V", reading.voltage, "check the supply and its cable"),
-        (reading.voltage > config.max_voltage, "{:.1f} V", reading.voltage, "check that the supply fits the servos"),
-        (reading.current > config.max_current, "{:.2f} A", reading.current, "look for what blocks the joint"),
-    )
-    for tripped, unit, values, advice in limits:
-        if tripped.any():
-            joint = int(np.argmax(tripped))
-            raise SafetyStop(f"{JOINTS[joint]}: servo at {unit.format(values[joint])}; {advice} before going on")
-    if reading.status.any():
-        joint = int(np.argmax(reading.status != 0))
-        said = ", ".join(status_names(int(reading.status[joint])))
-        raise SafetyStop(f"{JOINTS[joint]}: servo reports {said}; support the arm and switch its power off and on")
+class Watchdog:
+    """Judges the reading of each tick. One peak is no fault: voltage, current and stalls must last."""
+
+    def __init__(self, config: SafetyConfig, clock: Clock) -> None:
+        self.config, self.clock = config, clock
+        self._checked = -np.inf
+        self._since: dict[str, np.ndarray] = {}  # by advice: (6,) s at which each joint's trouble began, inf for none
+        self._stood = np.zeros(6)  # (6,) where each joint was when it last moved on
+        self._told: set[tuple[str, str]] = set()
+
+    def check(self, reading: Reading, commanded: np.ndarray) -> list[str]:
+        """The joints that are to hold where they are (Arm.hold does it); `commanded` (6,) is where they should be.
+
+        Warns on stderr, once for each joint and cause. Raises SafetyStop, naming joint, value and what to do.
+        """
+        config = self.config
+        if self.clock.now() - self._checked > LONGEST_TICK:
+            self._since.clear()
+            self._stood = reading.position
+        self._checked = self.clock.now()
+        if (faults := reading.status & ~VOLTAGE_BIT).any():
+            joint = int(np.argmax(faults != 0))
+            said = ", ".join(status_names(int(faults[joint])))
+            raise SafetyStop(f"{JOINTS[joint]}: servo reports {said}; support the arm and switch its power off and on")
+        heat, volts, current, load = reading.temperature, reading.voltage, reading.current, np.abs(reading.load)
+        stalled = self._stalled(reading, commanded)
+        troubles: list[tuple[np.ndarray, float, Act, np.ndarray, str, str]] = [
+            (heat > config.warn_temperature, 0, "warn", heat, "{:.0f} deg C", "let it rest soon"),
+            (heat > config.max_temperature, 0, config.temperature_action, heat, "{:.0f} deg C", "let it cool"),
+            (volts < config.min_voltage, config.peak_s, config.voltage_action, volts, "{:.1f} V",
+             "check the supply and its cable"),
+            (volts > config.max_voltage, config.peak_s, config.voltage_action, volts, "{:.1f} V",
+             "check that the supply fits the servos"),
+            (current > config.max_current, config.peak_s, config.current_action, current, "{:.2f} A",
+             "look for what blocks the joint"),
+            (stalled & ~GRIPPER, config.stall_s, config.stall_action, load, "{:.0%} of its torque without moving",
+             "free the joint"),
+        ]  # fmt: skip
+        to_hold = []
+        for tripped, seconds, action, values, unit, advice in troubles:
+            for joint in np.flatnonzero(self._lasts(advice, tripped, seconds)).tolist():
+                name, said = JOINTS[joint], unit.format(values[joint])
+                if action == "stop":
+                    raise SafetyStop(f"{name}: servo at {said}; {advice} before going on")
+                if action == "hold":
+                    to_hold.append(name)
+                if (name, advice) not in self._told:
+                    self._told.add((name, advice))
+                    print(f"{name}: servo at {said}; {advice}", file=sys.stderr)
+        if self._lasts("grip", stalled & GRIPPER, config.stall_s).any():  # each grasp is one, and nothing to tell
+            to_hold.append("gripper")
+        return to_hold
+
+    def _stalled(self, reading: Reading, commanded: np.ndarray) -> np.ndarray:
+        """Which joints (6,) push hard, and come no nearer to where they should be."""
+        hard = np.abs(reading.load) >= np.where(GRIPPER, self.config.grip_load, self.config.stall_load)
+        came_on = (reading.position - self._stood) * np.sign(commanded - reading.position) > STALL_MOTION
+        stalled = hard & ~came_on
+        self._stood = np.where(stalled, self._stood, reading.position)
+        return stalled
+
+    def _lasts(self, trouble: str, tripped: np.ndarray, seconds: float) -> np.ndarray:
+        """Which joints (6,) have been in trouble for `seconds`."""
+        now = self.clock.now()
+        began = np.minimum(self._since.get(trouble, np.full(6, np.inf)), now)
+        self._since[trouble] = np.where(tripped, began, np.inf)
+        return tripped & (now - began >= seconds)
 
 
 def ease_to(
-    arm: Arm, clock: Clock, goal: np.ndarray, each_tick: Callable[[np.ndarray], None] = lambda position: None
+    arm: Arm,
+    clock: Clock,
+    goal: np.ndarray,
+    each_tick: Callable[[np.ndarray], None] = lambda position: None,
+    watch: Callable[[Reading], None] = lambda reading: None,
 ) -> None:
     """Move from where the goals are to `goal` (6,) in a straight joint-space line at EASE_SPEED.
 
-    `each_tick` gets each commanded position (6,), so that a leader arm can come along.
+    `each_tick` gets each commanded position (6,), so that a leader arm can come along, and `watch` what the servos
+    said of it. Raises SafetyStop, naming the joint, when one falls behind by EASE_LAG: it pushes at something.
     """
     start = arm.goals()
     steps = max(1, int(np.ceil(np.abs(goal - start).max() / (EASE_SPEED * EASE_PERIOD))))
@@ -63,56 +145,120 @@ def ease_to(
         arm.command(position)
         each_tick(position)
         clock.sleep_until(clock.now() + EASE_PERIOD)
+        reading = arm.read()
+        watch(reading)
+        behind = np.abs(reading.position - position)[:5]
+        if behind.max() > EASE_LAG:
+            joint = int(behind.argmax())
+            raise SafetyStop(f"{JOINTS[joint]}: {behind[joint]:.2f} rad behind its command; free what blocks the arm")
 
 
-def lift(arm: Arm, clock: Clock, each_tick: Callable[[np.ndarray], None] = lambda position: None) -> None:
-    """Raise the tool straight up to LIFT_Z, unless it is there already."""
+def lift(
+    arm: Arm,
+    clock: Clock,
+    each_tick: Callable[[np.ndarray], None] = lambda position: None,
+    watch: Callable[[Reading], None] = lambda reading: None,
+) -> None:
+    """Raise the tool straight up to LIFT_Z, unless it is there already; the rest is as in `ease_to`."""
     goal = arm.goals()
     tool, _ = forward(goal)
     if tool[2] < LIFT_Z:
         low, high = arm.limits
         raised = solve_ik(np.array([tool[0], tool[1], LIFT_Z]), goal[:5], low=low[:5], high=high[:5], max_iterations=50)
-        ease_to(arm, clock, np.append(raised, goal[5]), each_tick)
+        ease_to(arm, clock, np.append(raised, goal[5]), each_tick, watch)
 
 
 def safe_start(arm: Arm) -> None:
-    """Check and configure the servos, then torque on exactly where the arm is; on a failure, none keeps torque."""
+    """Check and configure the servos, then torque on exactly where the arm is.
+
+    On a failure none keeps its torque, except in an arm that was found holding: that goes on holding.
+    """
     arm.connect()
-    arm.configure()
+    held = arm.holding()
+    if held:
+        print(
+            f"the arm still holds, from a program that was killed or lost its power ({', '.join(held)}); "
+            f"it goes on from where it is",
+            file=sys.stderr,
+        )
     try:
+        arm.configure()
         arm.set_torque(True)
-    except UserError:
-        with suppress(UserError):  # the first error is the one to tell
-            arm.set_torque(False)
+    except BaseException:
+        if not held:
+            with suppress(UserError):  # the first error is the one to tell
+                arm.set_torque(False)
         raise
 
 
 def safe_close(arm: Arm, clock: Clock, rest: np.ndarray) -> None:
     """Lift, ease to `rest` (6,), and release the torque once the measured pose is at rest.
 
-    Where the arm cannot be brought to rest it is held, and a sentence on stderr says that it must be
-    supported; a second Ctrl-C releases it at once. Never raises a UserError, so that it cannot hide the
-    error that led here.
+    An arm that cannot be brought to rest is held with reduced torque for somebody to support it, and a Ctrl-C
+    then releases it. On the way to rest it takes two of them, the one that led here included. Does nothing to an
+    arm that was not given torque. Never raises a UserError, so that it cannot hide the error that led here.
     """
+    if not arm.driven:
+        return
+    cause = sys.exc_info()[1]
+    patience = 1 if isinstance(cause, KeyboardInterrupt) else 2
+    with signals_held() as came:
+
+        def heed(position: np.ndarray) -> None:
+            if len(came) >= patience:
+                raise KeyboardInterrupt
+
+        try:
+            if trouble := _come_to_rest(arm, clock, rest, heed):
+                _hold_for_support(arm, clock, trouble, came)
+            else:
+                arm.set_torque(False)
+        except KeyboardInterrupt:
+            try:
+                arm.set_torque(False)
+                print("interrupted again: the arm was released where it was", file=sys.stderr)
+            except UserError as error:
+                print(f"interrupted again: {error}", file=sys.stderr)
+        except UserError as error:
+            print(f"closing the arm: {error}", file=sys.stderr)
+        if cause is not None:
+            came.clear()  # it ends the program already
+
+
+def _come_to_rest(arm: Arm, clock: Clock, rest: np.ndarray, heed: Callable[[np.ndarray], None]) -> str:
+    """Why the arm could not be brought to rest; empty when it lies there."""
     try:
-        lift(arm, clock)
-        ease_to(arm, clock, np.clip(rest, *arm.limits))
+        limp = arm.driven - set(arm.holding())
+        if limp == arm.driven:
+            return ""
+        if limp:
+            return f"{', '.join(sorted(limp))} lost its torque"
+        lift(arm, clock, heed)
+        ease_to(arm, clock, np.clip(rest, *arm.limits), heed)
         clock.sleep_until(clock.now() + 0.5)
         away = np.abs(arm.read().position - rest)[:5]
-        if away.max() > AT_REST:
-            joint = JOINTS[int(away.argmax())]
-            print(
-                f"{joint} is {away.max():.2f} rad from rest: the arm holds, support it before cutting its power",
-                file=sys.stderr,
-            )
-            return
-        arm.set_torque(False)
-    except KeyboardInterrupt:
-        try:
-            arm.set_torque(False)
-            print("interrupted again: the arm was released where it was", file=sys.stderr)
-        except UserError as error:
-            print(f"interrupted again: {error}", file=sys.stderr)
-        raise
     except UserError as error:
-        print(f"closing the arm: {error}. It may still hold: support it before cutting its power", file=sys.stderr)
+        return str(error)
+    return f"{JOINTS[int(away.argmax())]} is {away.max():.2f} rad from rest" if away.max() > AT_REST else ""
+
+
+def _hold_for_support(arm: Arm, clock: Clock, trouble: str, came: list[int]) -> None:
+    """Hold where the arm is, say so, and wait; KeyboardInterrupt when a signal comes meanwhile."""
+    try:
+        arm.hold()
+    except UserError as error:
+        trouble += f"; {error}"
+    if not arm.held:
+        print(f"closing the arm: {trouble}. It may still hold: support it, and cut its power", file=sys.stderr)
+        return
+    print(
+        f"closing the arm: {trouble}. It holds with reduced torque: support it, then press Ctrl-C to release it. "
+        f"In {SUPPORT_S:.0f} s this program leaves it holding; `python -m so101.tools.release` frees it then",
+        file=sys.stderr,
+        flush=True,
+    )
+    had, until = len(came), clock.now() + SUPPORT_S
+    while clock.now() < until:
+        if len(came) > had:
+            raise KeyboardInterrupt
+        clock.sleep_until(clock.now() + 0.1)

@@ -168,6 +168,9 @@ class SimCamera:
             self._newest = (self._add_noise(render(self.scene(), self.model)), now)
         return self._newest
 
+    def wait_ready(self) -> None:
+        """Always is."""
+
     def close(self) -> None:
         """Nothing to release; here because a real camera has it."""
 

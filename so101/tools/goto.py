@@ -1,0 +1,68 @@
+"""Moves the arm slowly to a pose, shows where it got to, and brings it back to rest.
+
+python -m so101.tools.goto                                     the simulated arm, to home
+python -m so101.tools.goto rig=configs/rig.json pose=rest
+python -m so101.tools.goto "pose=[0,-0.5,0.6,1.2,1.57,0.5]"    five joints in rad, and the opening
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from so101.config import launch, option, require_within
+from so101.env import HOME_SEED, EnvConfig
+from so101.errors import ConfigError
+from so101.rig import RigConfig, open_rig
+from so101.robot.kinematics import forward, solve_ik
+from so101.robot.safety import ease_to, lift
+from so101.schema import JOINTS
+
+
+@dataclass
+class Config:
+    """What the command line can set."""
+
+    pose: Literal["home", "rest"] | list[float] = option("home", "where to: five joints in rad and the opening 0 .. 1")
+    stay_s: float = option(5.0, "seconds to stay there; Ctrl-C ends it earlier")
+    rig: RigConfig = option(RigConfig(), "the arm; its leader stays where it is")
+    env: EnvConfig = option(EnvConfig(), "where home is")
+
+    def __post_init__(self) -> None:
+        require_within(self, stay_s=(0, 3600))
+        if isinstance(self.pose, list) and len(self.pose) != len(JOINTS):
+            raise ConfigError(f"pose: got {len(self.pose)} values, needs one for each of {', '.join(JOINTS)}")
+
+
+def main(config: Config) -> None:
+    """Go there by way of LIFT_Z, and back to rest. Raises SafetyStop when something is in the way."""
+    with open_rig(config.rig, 0) as rig:
+        low, high = rig.arm.limits
+        if config.pose == "rest":
+            goal = np.array(config.rig.follower.rest)
+        elif config.pose == "home":
+            joints = solve_ik(np.array(config.env.home), HOME_SEED, low=low[:5], high=high[:5], max_iterations=50)
+            goal = np.append(joints, config.env.gripper_range[1])
+        else:
+            goal = np.array(config.pose)
+        outside = [name for name, x, a, b in zip(JOINTS, goal, low, high, strict=True) if not a <= x <= b]
+        if outside:
+            joint = JOINTS.index(outside[0])
+            raise ConfigError(
+                f"pose: {outside[0]} is {goal[joint]:.3f}, calibrated for {low[joint]:.3f} .. {high[joint]:.3f}"
+            )
+        lift(rig.arm, rig.clock)
+        ease_to(rig.arm, rig.clock, goal)
+        rig.clock.sleep_until(rig.clock.now() + config.stay_s)
+        position = rig.arm.read().position
+        tool, _ = forward(position)
+        for name, value, wanted in zip(JOINTS, position, goal, strict=True):
+            unit = f"of its opening, goal {wanted:.3f}"
+            if name != "gripper":
+                unit = f"rad, {np.rad2deg(value):7.1f} deg, goal {wanted:.3f}"
+            print(f"{name:14} {value:7.3f} {unit}")
+        print("tool at x {:.3f}, y {:.3f}, z {:.3f} m".format(*tool))
+
+
+if __name__ == "__main__":
+    launch(Config, main, __doc__ or "")
