@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from so101.errors import ConfigError, HardwareError
-from so101.robot.calibration import Calibration, JointCalibration, load_calibration, save_calibration
+from so101.errors import ConfigError, DataError, HardwareError
+from so101.robot.calibration import Calibration, JointCalibration, Sweep, load_calibration, save_calibration
 from so101.schema import JOINTS
 from so101.sim.servos import SIM_CALIBRATION
 
@@ -150,3 +150,94 @@ def test_unreadable_files(tmp_path: Path) -> None:
         joints["wrist_flex"] = replace(joints["wrist_flex"], zero_ticks=math.nan)
         save_calibration(tmp_path / "new.json", Calibration(joints))
     assert not (tmp_path / "new.json").exists()
+
+
+SPANS = np.array([2430, 2394, 2242, 2346, 3643, 1251])  # of the simulated arm's joints, in ticks
+
+
+@pytest.mark.parametrize("old_offset", [-2047, 655])
+def test_a_sweep_through_the_seam_is_unwrapped_and_recentred_wherever_the_seam_lies(old_offset: int) -> None:
+    """Reference G6 and G7. A servo reads (encoder - offset) modulo 4096, and keeps offsets of -2047 .. 2047."""
+    steps = np.linspace(0, 1, 13)[:, None]  # the widest joint moves by 304 ticks between two readings
+    way = np.rint(np.concatenate([0.5 + steps[:7] / 2, 1 - steps, steps]) * SPANS).astype(int)  # from the middle
+    for seam in range(4096):
+        encoder = seam + 683 * np.arange(6) + way  # each joint meets its seam elsewhere
+        readings = (encoder - old_offset) % 4096
+        sweep = Sweep(readings[0])
+        for reading in readings[1:]:
+            sweep.follow(reading)
+        calibration = sweep.calibration(np.full(6, old_offset), "middle_of_range")
+        joints = calibration.joints.values()
+        offsets = np.array([joint.homing_offset for joint in joints])
+        ranges = np.array([(joint.range_min, joint.range_max) for joint in joints])
+        assert (np.abs(offsets) <= 2047).all()
+        now = (encoder - offsets) % 4096
+        assert (now.min(axis=0) == ranges[:, 0]).all()
+        assert (now.max(axis=0) == ranges[:, 1]).all()
+        assert (now - now[0] == way - way[0]).all()  # no jump on the whole way
+        true = (way - SPANS / 2) * 2 * math.pi / 4096
+        assert np.allclose(calibration.to_position(now[20])[:5], true[20, :5])
+        assert calibration.to_position(now[-1])[5] == 1.0
+        clear = (readings.min(axis=0) >= 100) & (readings.max(axis=0) <= 3995) & (np.ptp(readings, axis=0) == SPANS)
+        assert (offsets[clear] == old_offset).all()  # an offset that does is not worn by writing another
+
+
+def test_the_zero_can_be_where_the_joints_were_held() -> None:
+    sweep = Sweep(np.full(6, 50))
+    for reading in (900, 1800, 900, 50, 3600, 3500):
+        sweep.follow(np.full(6, reading))
+    calibration = sweep.calibration(np.full(6, 10), "held_pose")
+    joint = calibration.joints["elbow_flex"]
+    # 3500 is 596 ticks below 0, so that the range is -596 .. 1800 and its middle 602.
+    assert joint == JointCalibration(3, 0, 10 + 602 - 2047, 849, 3245, 50.0 + 2047 - 602)
+    assert calibration.to_position(np.full(6, 1495))[:5] == pytest.approx(0)
+
+
+def test_a_range_that_is_tiny_or_wraps_is_refused_by_joint() -> None:
+    sweep = Sweep(np.array([2000] * 6))
+    with pytest.raises(DataError, match="shoulder_pan: moved over 0 ticks only.* sweep again"):
+        sweep.calibration(np.zeros(6), "middle_of_range")
+    for turned in range(0, 4096, 455):
+        sweep.follow(np.array([2000 + turned // 2] * 4 + [2000 + turned, 2400]) % 4096)
+    with pytest.raises(DataError, match="wrist_roll: turned over 4095 ticks, a whole turn"):
+        sweep.calibration(np.zeros(6), "middle_of_range")
+
+
+def test_a_reading_too_far_from_the_last_one_ends_the_sweep() -> None:
+    sweep = Sweep(np.full(6, 4000))
+    sweep.follow(np.array([4000, 4000, 900, 4000, 4000, 4000]))  # 996 ticks on, through the seam
+    assert sweep.here[2] == 4996
+    with pytest.raises(HardwareError, match="elbow_flex: 90 degrees between two readings"):
+        sweep.follow(np.array([4000, 4000, 1925, 4000, 4000, 4000]))
+
+
+def test_both_habits_of_lerobot_s_zero(tmp_path: Path) -> None:
+    """L21: on the author's arm they are up to 17 degrees apart."""
+    path = written(tmp_path, LEROBOT)
+    middle, held = load_calibration(path), load_calibration(path, "held_pose")
+    assert middle.joints["shoulder_pan"].zero_ticks == 2245.0
+    assert held.joints["shoulder_pan"].zero_ticks == 2047.0
+    apart = middle.to_position(np.full(6, 2047)) - held.to_position(np.full(6, 2047))
+    assert math.degrees(apart[0]) == pytest.approx(-17.4, abs=0.05)
+    # From 0.4.3 on LeRobot writes 0 .. 4095 for wrist_roll without a sweep: then both mean the same.
+    assert abs(math.degrees(apart[4])) < 0.05
+    ours = tmp_path / "ours.json"
+    save_calibration(ours, held)
+    assert load_calibration(ours, "middle_of_range") == held  # our own file's zeros are its own
+
+
+def test_lerobot_can_read_what_is_written_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "robots" / "so_follower" / "arm.json"
+    save_calibration(path, load_calibration(written(tmp_path, LEROBOT)), lerobot=True)
+    assert json.loads(path.read_text()) == LEROBOT
+
+
+def test_a_calibration_file_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "arm.json"
+    path.write_text("of great value")
+    assert save_calibration(path, SIM_CALIBRATION) == tmp_path / "arm.1.json"
+    assert save_calibration(path, SIM_CALIBRATION) is None  # the same once more: nothing to keep
+    assert save_calibration(path, with_drive_mode(1)) == tmp_path / "arm.2.json"
+    assert (tmp_path / "arm.1.json").read_text() == "of great value"
+    assert load_calibration(tmp_path / "arm.2.json") == SIM_CALIBRATION
+    assert load_calibration(path) == with_drive_mode(1)

@@ -6,20 +6,34 @@ are up to 17 degrees apart on a real arm.
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from so101.errors import ConfigError, HardwareError
+from so101.errors import ConfigError, DataError, HardwareError
 from so101.files import write_atomic
 from so101.robot.feetech import MAX_ID, TICKS_PER_TURN, allowed_range
 from so101.schema import JOINTS
 
 MAX_TICKS = TICKS_PER_TURN - 1
 SMALLEST_RANGE_TICKS = 200  # 18 degrees; the gripper's, the smallest real one, is about 1250
+SEAM_MARGIN_TICKS = 100  # 9 degrees; nearer to 0 or 4095, a joint pressed on its stop could read from the other end
+HELD_TICK = TICKS_PER_TURN // 2 - 1  # what LeRobot makes a joint read in the pose that was held
+
+# What the servos keep, and the field that it is here.
+CALIBRATED = {
+    "Homing_Offset": "homing_offset",
+    "Min_Position_Limit": "range_min",
+    "Max_Position_Limit": "range_max",
+}
+
+# Where a joint's angle is 0: at the middle between its stops, or where the person held it.
+Zero = Literal["middle_of_range", "held_pose"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,11 @@ class JointCalibration:
     range_min: int
     range_max: int
     zero_ticks: float  # where the joint's angle is 0; of no meaning for the gripper
+
+    @property
+    def registers(self) -> dict[str, int]:
+        """What of this the servo keeps, by register."""
+        return {register: getattr(self, field) for register, field in CALIBRATED.items()}
 
 
 @dataclass
@@ -97,13 +116,81 @@ def _origin_and_scale(name: str, joint: JointCalibration) -> tuple[float, float]
     return joint.zero_ticks, -rad_per_tick if joint.drive_mode else rad_per_tick
 
 
-_LEROBOT_KEYS = {"id", "drive_mode", "homing_offset", "range_min", "range_max"}
+def to_half_turn(ticks: np.ndarray) -> np.ndarray:
+    """Differences in ticks, whole turns taken off: -2048 .. 2047."""
+    half = TICKS_PER_TURN // 2
+    return (ticks + half) % TICKS_PER_TURN - half
 
 
-def load_calibration(path: Path) -> Calibration:
+class Sweep:
+    """Follows the six joints while a hand moves them from stop to stop, also through the seam 4095 | 0.
+
+    The readings (6,) are Present_Position. `here`, `low` and `high` (6,) begin within 0 .. 4095 and count on
+    beyond it; `held` is the first reading, taken in the middle pose.
+    """
+
+    def __init__(self, ticks: np.ndarray) -> None:
+        self.held = self.here = self.low = self.high = ticks % TICKS_PER_TURN
+
+    def follow(self, ticks: np.ndarray) -> None:
+        """Take in the next reading. HardwareError when a joint went so far that its way is in doubt."""
+        step = to_half_turn(ticks - self.here)
+        joint = int(np.argmax(np.abs(step)))
+        if abs(step[joint]) > TICKS_PER_TURN // 4:
+            raise HardwareError(
+                f"{JOINTS[joint]}: {abs(step[joint]) * 360 // TICKS_PER_TURN} degrees between two readings, too "
+                f"far to tell which way; check the cable if the display had stopped, and sweep again, slower"
+            )
+        self.here = self.here + step
+        self.low, self.high = np.minimum(self.low, self.here), np.maximum(self.high, self.here)
+
+    def calibration(self, homing_offsets: np.ndarray, zero: Zero) -> Calibration:
+        """What was swept, for servos that read with `homing_offsets` (6,) so far.
+
+        Servos keep their offset where it leaves the range clear of the seam. DataError, naming the joint, for
+        a range that is none, or that is a whole turn.
+        """
+        joints = {}
+        for index, name in enumerate(JOINTS):
+            low, high, held = (int(ticks[index]) for ticks in (self.low, self.high, self.held))
+            if high - low < SMALLEST_RANGE_TICKS:
+                raise DataError(
+                    f"{name}: moved over {high - low} ticks only, a joint's range has at least "
+                    f"{SMALLEST_RANGE_TICKS}; sweep again, and move it from stop to stop"
+                )
+            if high - low >= MAX_TICKS:
+                raise DataError(
+                    f"{name}: turned over {high - low} ticks, a whole turn ({TICKS_PER_TURN}) or more, so that its "
+                    f"ends read the same; mend its stops, or the cable that keeps it from turning on, and sweep again"
+                )
+            offset, shift = _recentred(int(homing_offsets[index]), low, high)
+            middle = (low + high) / 2 if zero == "middle_of_range" else held
+            joints[name] = JointCalibration(index + 1, 0, offset, low + shift, high + shift, float(middle + shift))
+        return Calibration(joints)
+
+
+def _recentred(homing_offset: int, low: int, high: int) -> tuple[int, int]:
+    """The homing offset under which low .. high lies within 0 .. 4095, and what it adds to their ticks.
+
+    A servo reads (encoder - offset) modulo 4096. Offsets that are a turn apart read the same, so that each
+    has one within -2047 .. 2047, except 2048: there 2047 puts the range one tick off the centre.
+    """
+    if low >= SEAM_MARGIN_TICKS and high <= MAX_TICKS - SEAM_MARGIN_TICKS:
+        return homing_offset, 0
+    middle, largest = (low + high) // 2, allowed_range("Homing_Offset")[1]
+    wanted = (homing_offset + middle - HELD_TICK + largest) % TICKS_PER_TURN - largest
+    offset = min(wanted, largest)
+    return offset, HELD_TICK - middle + wanted - offset
+
+
+_LEROBOT_KEYS = ("id", "drive_mode", "homing_offset", "range_min", "range_max")
+
+
+def load_calibration(path: Path, lerobot_zero: Zero = "middle_of_range") -> Calibration:
     """Read a calibration file: ours, or one that LeRobot wrote.
 
-    LeRobot's has no `zero_ticks`; its zero is the middle of the recorded range, as its degrees are.
+    LeRobot's has no `zero_ticks`; its zero is the middle of the recorded range, as its degrees are, or by
+    `lerobot_zero` the pose that was held when it was made.
     Raises ConfigError, naming file and joint, for whatever is missing, unknown or impossible.
     """
     try:
@@ -118,20 +205,46 @@ def load_calibration(path: Path) -> Calibration:
     ours = any("zero_ticks" in entry for entry in content.values() if isinstance(entry, dict))
     joints = {name: _read_joint(f"{path}: {name}", content[name], ours) for name in JOINTS}
     _check_ids(f"{path}", joints)
+    if not ours and lerobot_zero == "held_pose":
+        joints = {name: replace(joint, zero_ticks=float(HELD_TICK)) for name, joint in joints.items()}
     return Calibration(joints)
 
 
-def save_calibration(path: Path, calibration: Calibration) -> None:
-    """Write `calibration` whole or not at all, after the checks that `load_calibration` makes."""
+def save_calibration(path: Path, calibration: Calibration, lerobot: bool = False) -> Path | None:
+    """Write `calibration` whole or not at all, after the checks that `load_calibration` makes.
+
+    `lerobot`: in LeRobot's format. A file that was there and differs is kept beside the new one, and its new
+    name returned.
+    """
     content = {name: asdict(calibration.joints[name]) for name in JOINTS}
     for name, entry in content.items():
         _read_joint(f"{path}: {name}", entry, with_zero=True)
     _check_ids(f"{path}", calibration.joints)
-    write_atomic(Path(path), json.dumps(content, indent=4) + "\n")
+    text = lerobot_text(calibration.joints) if lerobot else json.dumps(content, indent=4) + "\n"
+    kept = None
+    if path.exists():
+        if path.read_text() == text:
+            return None
+        kept = numbered(path)
+        shutil.copy2(path, kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text)
+    return kept
+
+
+def lerobot_text(joints: Mapping[str, JointCalibration]) -> str:
+    """The joints as LeRobot's calibration file has them, without `zero_ticks`, which it would refuse."""
+    content = {name: {key: getattr(joints[name], key) for key in _LEROBOT_KEYS} for name in JOINTS}
+    return json.dumps(content, indent=4) + "\n"
+
+
+def numbered(path: Path) -> Path:
+    """The first of arm.1.json, arm.2.json, ... beside arm.json that is not there yet."""
+    return next(free for number in count(1) if not (free := path.with_stem(f"{path.stem}.{number}")).exists())
 
 
 def _read_joint(where: str, entry: Any, with_zero: bool) -> JointCalibration:
-    keys = _LEROBOT_KEYS | ({"zero_ticks"} if with_zero else set())
+    keys = {*_LEROBOT_KEYS, *(["zero_ticks"] if with_zero else [])}
     if not isinstance(entry, dict) or set(entry) != keys:
         found = sorted(entry) if isinstance(entry, dict) else repr(entry)
         raise ConfigError(f"{where}: must have the keys {', '.join(sorted(keys))}; got {found}")

@@ -1,0 +1,338 @@
+"""Finds out what an arm's ticks mean: move every joint from stop to stop, and it is written down.
+
+`python -m so101.tools.calibrate port=/dev/ttyACM0 output=calibrations/my_follower.json` sweeps.
+`file=` takes a calibration, ours or LeRobot's, instead: it is compared with the servos (port=),
+written to them (write=true) or converted (output=, export=); test=ruler and test=mirror test it.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from so101.config import launch, option
+from so101.errors import ConfigError, DataError, HardwareError
+from so101.files import write_atomic
+from so101.rig import ArmConfig
+from so101.robot.arm import MULTI_TURN
+from so101.robot.bus import ServoBus
+from so101.robot.calibration import (
+    CALIBRATED,
+    MAX_TICKS,
+    SMALLEST_RANGE_TICKS,
+    Calibration,
+    Sweep,
+    Zero,
+    lerobot_text,
+    load_calibration,
+    numbered,
+    save_calibration,
+    to_half_turn,
+)
+from so101.robot.feetech import TICKS_PER_TURN
+from so101.robot.kinematics import URDF_LIMITS
+from so101.robot.ports import open_port
+from so101.robot.probe import explain_gap, inspect
+from so101.robot.signals import signals_held
+from so101.runlog import table
+from so101.schema import ARM_JOINTS, JOINTS
+from so101.tools.ask import ask, make_limp, open_limp, until_enter
+from so101.tools.calibration_checks import mirror_test, ruler_test
+
+MIDDLE_POSE = (
+    "shoulder straight ahead, upper arm upright, forearm and gripper level and straight ahead, moving jaw on top, "
+    "gripper half open"
+)
+RANGE_TOLERANCE = 0.05  # of a joint's range: both arms have the same stops
+USUAL_DEG = np.degrees(URDF_LIMITS[:, 1] - URDF_LIMITS[:, 0])
+USUAL_SHARE = 0.9  # of that; a sweep that covers less missed a stop
+HELD_TOLERANCE_DEG = 15.0  # a pose held by eye is up to 10 degrees off
+ZERO_TOLERANCE_DEG = 2.0
+SINKS_TICKS = 100  # 9 degrees; as much as a limp arm may move while its servos are written
+DEG_PER_TICK = 360 / TICKS_PER_TURN
+Stored = dict[str, dict[str, int]]  # what each joint's servo keeps, by register
+
+# Where LeRobot keeps an arm's file; version 0.4.3 renamed the folders.
+LEROBOT_FOLDERS = {
+    "follower": ("robots/so101_follower", "robots/so_follower"),
+    "leader": ("teleoperators/so101_leader", "teleoperators/so_leader"),
+}
+
+
+@dataclass
+class Config:
+    """What the command line can set."""
+
+    port: str = option("", "the arm's serial port, best a path under /dev/serial/by-id")
+    output: str = option("", "calibration file to write; one that is there is kept beside it, with a number")
+    arm: Literal["follower", "leader"] = option("follower", "which of the two arms this is")
+    file: str = option("", "instead of a sweep: a calibration file, or an arm's id in LeRobot's folders")
+    zero: Zero | None = option(
+        None,
+        "where a joint's angle is 0: middle_of_range (of its stops; default) or held_pose (where it was held before "
+        "the sweep, tick 2047 in LeRobot's files); asked for where these differ in a LeRobot file",
+    )
+    export: str = option("", "also write LeRobot's format here: a file, or an arm's id in LeRobot's folders")
+    write: bool = option(False, "write `file` to the servos")
+    compare: str = option("", "the other arm's calibration file; ranges that differ by more than 5 % are refused")
+    compare_port: str = option("", "the other arm's serial port, for test=mirror")
+    test: Literal["ruler", "mirror"] | None = option(
+        None, "test `file` against a tape measure, or against the other arm held in the same pose"
+    )
+
+    def __post_init__(self) -> None:
+        needed = [] if self.file and not self.write else ["port"]
+        if self.test is not None:
+            needed = ["port", "file", *(["compare", "compare_port"] if self.test == "mirror" else [])]
+        elif not self.file:
+            needed.append("output")
+        for name in needed:
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"{name}: is missing; calibrate with port=/dev/ttyACM0 output=calibrations/my_{self.arm}.json, "
+                    f"test with port= file= test=ruler (--help tells more)"
+                )
+
+
+def main(config: Config) -> int:
+    """Sweep, take a file, or test; 1 for a failed test, and for a file that is not the servos'."""
+    with ExitStack() as stack:
+        if config.test is None:
+            return take_file(config, stack) if config.file else calibrate(config, stack)
+        arm = open_limp(config.arm, ArmConfig(config.port, str(_find(config))), stack)
+        if config.test == "ruler":
+            return int(not ruler_test(arm))
+        name = "leader" if config.arm == "follower" else "follower"
+        other = open_limp(name, ArmConfig(config.compare_port, config.compare), stack)
+        return int(not mirror_test(config.arm, arm, name, other))
+
+
+def calibrate(config: Config, stack: ExitStack) -> int:
+    """Sweep the joints by hand; store the result in a file and in the servos.
+
+    Angles are 0 at the middle of a joint's stops, as in the kinematics' own model: stops are metal, and found
+    again to a degree, while a pose held by eye is up to ten off. It is asked for all the same, as a check.
+    """
+    other = _other(config)  # read before the work, not after it
+    bus = _open_bus(config, range(1, len(JOINTS) + 1), stack)
+    make_limp(bus, config.arm)
+    sweep, stored = _sweep(bus), _read_stored(bus)
+    offsets = np.array([registers["Homing_Offset"] for registers in stored.values()])
+    calibration = sweep.calibration(offsets, config.zero or "middle_of_range")
+    for doubt in _doubts(sweep):
+        print(f"warning: {doubt}")
+    _require_alike(calibration, other, config.compare)
+    differences = _differences(calibration, stored)
+    print(differences or "the servos hold all this already")
+    ask(f"Press Enter to keep this (in {config.output} and the servos); Ctrl-C leaves all as it was.")
+    _save(calibration, config)
+    if differences:
+        _write_servos(bus, calibration, stored, Path(config.output))
+    print(f"next: test it with port={config.port} file={config.output} test=ruler, and the pair with test=mirror")
+    return 0
+
+
+def take_file(config: Config, stack: ExitStack) -> int:
+    """Convert a calibration file, and compare it with the servos or write it to them; 1 if it differs."""
+    path = _find(config)
+    calibration = _load(path, config)
+    _require_alike(calibration, _other(config), config.compare)
+    _save(calibration, config)
+    if not config.port:
+        return 0
+    bus = _open_bus(config, calibration.ids, stack)
+    stored = _read_stored(bus)
+    differences = _differences(calibration, stored)
+    print(differences or f"the servos hold what {path} says")
+    if differences and config.write:
+        make_limp(bus, config.arm)
+        _write_servos(bus, calibration, stored, Path(config.output or path))
+    elif differences:
+        print("write=true writes the file to the servos; do that only with the file made for this very arm")
+    return int(bool(differences) and not config.write)
+
+
+def _open_bus(config: Config, ids: Iterable[int], stack: ExitStack) -> ServoBus:
+    """The bus to six servos, all of which answer; HardwareError says what is wrong with the chain."""
+    names = {servo_id: f"{config.arm} {joint}" for servo_id, joint in zip(ids, JOINTS, strict=True)}
+    bus = ServoBus(open_port(config.port, "port"), names=names)
+    stack.callback(bus.close)
+    gap = explain_gap([name for servo_id, name in zip(names, JOINTS, strict=True) if inspect(bus, servo_id)])
+    if gap is not None:
+        raise HardwareError(gap)
+    return bus
+
+
+def _read_ticks(bus: ServoBus) -> np.ndarray:
+    ticks = bus.sync_read("Present_Position", list(bus.names))
+    return np.array([ticks[servo_id] for servo_id in bus.names])
+
+
+def _read_stored(bus: ServoBus) -> Stored:
+    stored = bus.sync_read_span("Min_Position_Limit", "Homing_Offset", list(bus.names))
+    return dict(zip(JOINTS, (stored[servo_id] for servo_id in bus.names), strict=True))
+
+
+def _sweep(bus: ServoBus) -> Sweep:
+    """Follow the joints until each has moved and the person presses Enter."""
+    ask(f"Hold the arm in its middle pose ({MIDDLE_POSE}), and press Enter.")
+    sweep = Sweep(_read_ticks(bus))
+
+    def look() -> str:
+        sweep.follow(_read_ticks(bus))
+        degrees = ((sweep.high - sweep.low) * DEG_PER_TICK).round()
+        columns = sweep.low, sweep.here, sweep.high, degrees, USUAL_DEG.round()
+        return table(["joint", "min", "position", "max", "degrees", "usual"], list(zip(JOINTS, *columns, strict=True)))
+
+    print("Move every joint from one stop to the other, wrist_roll and the gripper too; then press Enter.")
+    while True:
+        until_enter(look)
+        spans = dict(zip(JOINTS, sweep.high - sweep.low, strict=True))
+        still = [name for name, span in spans.items() if span < SMALLEST_RANGE_TICKS]
+        if not still:
+            return sweep
+        print(f"{', '.join(still)}: hardly moved; move it from stop to stop too, and press Enter again.")
+
+
+def _doubts(sweep: Sweep) -> list[str]:
+    """What looks like a stop that was not reached, which moves the zero by half of what is missing."""
+    doubts, away = [], ((sweep.low + sweep.high) / 2 - sweep.held) * DEG_PER_TICK
+    shares = (sweep.high - sweep.low) * DEG_PER_TICK / USUAL_DEG
+    for name, share, degrees in zip(JOINTS, shares, away, strict=True):
+        if share < USUAL_SHARE:
+            doubts.append(f"{name}: swept {share:.0%} of the usual range; was it moved to both stops?")
+        elif abs(degrees) > HELD_TOLERANCE_DEG and name in ARM_JOINTS:
+            doubts.append(f"{name}: the middle of its range is {degrees:+.0f} degrees from where it was held")
+    return doubts
+
+
+def _other(config: Config) -> Calibration | None:
+    return load_calibration(Path(config.compare)) if config.compare else None
+
+
+def _require_alike(calibration: Calibration, other: Calibration | None, source: str) -> None:
+    """DataError for a joint whose range is not the other arm's: one of them was not swept to both stops.
+
+    Grippers are left out: the leader's is a trigger, and an opening is a fraction of its range.
+    """
+    if other is None:
+        return
+    unlike = []
+    for name in ARM_JOINTS:
+        here, there = ((each.joints[name].range_max - each.joints[name].range_min) for each in (calibration, other))
+        if abs(here - there) > RANGE_TOLERANCE * max(here, there):
+            unswept = " (LeRobot from 0.4.3 on writes 0 .. 4095 unswept)" if MAX_TICKS in (here, there) else ""
+            unlike.append(f"{name} {here * DEG_PER_TICK:.0f} degrees here, {there * DEG_PER_TICK:.0f} there{unswept}")
+    if unlike:
+        raise DataError(
+            f"{source}: ranges differ by more than {RANGE_TOLERANCE:.0%}: {'; '.join(unlike)}. Sweep the arm "
+            f"with the smaller range again, from stop to stop; without compare= it is taken as it is"
+        )
+
+
+def _differences(calibration: Calibration, stored: Stored) -> str:
+    """A table of what the servos hold otherwise; empty when nothing."""
+    rows = [
+        [name, register, stored[name][register], value]
+        for name, joint in calibration.joints.items()
+        for register, value in joint.registers.items()
+        if stored[name][register] != value
+    ]
+    return table(["joint", "register", "servo", "calibration"], rows) if rows else ""
+
+
+def _write_servos(bus: ServoBus, calibration: Calibration, stored: Stored, beside: Path) -> None:
+    """Write what differs, after keeping the old values in a file, and see that the servos then read as they should.
+
+    Raises HardwareError for a calibration that puts a joint outside its range: it is another arm's.
+    """
+    joints = calibration.joints
+    moved = [stored[name]["Homing_Offset"] - joint.homing_offset for name, joint in joints.items()]
+    expected = _read_ticks(bus) + np.array(moved)
+    low, high = np.array([(joint.range_min, joint.range_max) for joint in joints.values()]).T
+    outside = np.abs(to_half_turn(expected - (low + high) // 2)) > (high - low) / 2 + SINKS_TICKS
+    if outside.any():
+        names = ", ".join(name for name, out in zip(JOINTS, outside, strict=True) if out)
+        raise HardwareError(
+            f"{names}: stands outside its range in this calibration, which is another arm's, or missed a stop; the "
+            f"servos were not written. Sweep this arm from stop to stop"
+        )
+    old = {
+        name: replace(joint, **{field: stored[name][register] for register, field in CALIBRATED.items()})
+        for name, joint in joints.items()
+    }
+    kept = numbered(beside.with_stem(f"{beside.stem}.servos"))
+    write_atomic(kept, lerobot_text(old))
+    written = 0
+    with signals_held():
+        for name, joint in joints.items():
+            wanted = joint.registers | {"Phase": stored[name]["Phase"] & ~MULTI_TURN}
+            written += sum(bus.write_eprom(joint.id, register, value) for register, value in wanted.items())
+    print(f"{written} settings written to the servos and read back; the old ones are in {kept}")
+    off = np.abs(to_half_turn(_read_ticks(bus) - expected))
+    if (worst := int(off.max())) > SINKS_TICKS:
+        raise HardwareError(
+            f"{JOINTS[int(np.argmax(off))]}: reads {worst} ticks off what its new offset should make it read; switch "
+            f"the power off and on, hold the arm still, and calibrate again"
+        )
+
+
+def _save(calibration: Calibration, config: Config) -> None:
+    """Write the files that were asked for."""
+    targets = [(Path(config.output), False)] if config.output else []
+    if config.export:
+        targets += [(path, True) for path in _paths(config.export, config.arm)]
+        if apart := _off_middle(calibration):
+            print(f"note: LeRobot's 0 is the middle of the range, not this calibration's: {apart}")
+    for path, lerobot in targets:
+        kept = save_calibration(path, calibration, lerobot)
+        print(f"{path}: written" + (f"; what was there is now {kept}" if kept else ""))
+
+
+def _find(config: Config) -> Path:
+    """Where the calibration `file` is. ConfigError when two versions of LeRobot left two that differ."""
+    paths = _paths(config.file, config.arm)
+    there = [path for path in paths if path.exists()] or paths[:1]
+    if len(there) > 1 and there[0].read_bytes() != there[1].read_bytes():
+        raise ConfigError(f"file: {there[0]} and {there[1]} differ (LeRobot 0.4.3 renamed the folder); give one's path")
+    return there[0]
+
+
+def _load(path: Path, config: Config) -> Calibration:
+    """Read `file`; ConfigError where it is to be converted and leaves it open where the angles are 0."""
+    middle, held = load_calibration(path), load_calibration(path, "held_pose")
+    if config.output and config.zero is None and middle != held and (apart := _off_middle(held)):
+        raise ConfigError(
+            f"zero: {path} is LeRobot's, and does not say where 0 is: give zero=middle_of_range (as LeRobot's own "
+            f"degrees have it) or zero=held_pose (tick 2047). The second is off the first by {apart}"
+        )
+    return held if config.zero == "held_pose" else middle
+
+
+def _off_middle(calibration: Calibration) -> str:
+    """The joints whose zero is not the middle of their range, with degrees; empty where all are."""
+    apart = {
+        name: (joint.zero_ticks - (joint.range_min + joint.range_max) / 2) * DEG_PER_TICK
+        for name, joint in calibration.joints.items()
+    }
+    return ", ".join(
+        f"{name} {apart[name]:+.1f} degrees" for name in ARM_JOINTS if abs(apart[name]) > ZERO_TOLERANCE_DEG
+    )
+
+
+def _paths(file: str, arm: str) -> list[Path]:
+    """The file itself, or where the versions of LeRobot keep that of an arm with this id."""
+    if file.endswith(".json"):
+        return [Path(file)]
+    cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    home = os.environ.get("HF_LEROBOT_HOME", f"{cache}/lerobot")
+    root = Path(os.environ.get("HF_LEROBOT_CALIBRATION", f"{home}/calibration")).expanduser()
+    return [root / folder / f"{file}.json" for folder in LEROBOT_FOLDERS[arm]]
+
+
+if __name__ == "__main__":
+    launch(Config, main, __doc__ or "")

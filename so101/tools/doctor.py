@@ -1,0 +1,286 @@
+"""Checks this machine and the arms, cameras and data that it is to work with; changes nothing, moves nothing.
+
+`python -m so101.tools.doctor rig=configs/rig.json dataset=outputs/demos`, with `--json` for a program to read.
+Each line is good, warning or bad, and says which command comes next. With no arguments the rig is the simulated one.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import serial
+import torch
+
+from so101.config import launch, load, option
+from so101.data.dataset import open_dataset
+from so101.env import Camera as AnyCamera
+from so101.errors import EXIT_DONE, ConfigError, HardwareError, UserError
+from so101.rig import ArmConfig, RigConfig
+from so101.robot.arm import Arm
+from so101.robot.bus import ServoBus, ServoError
+from so101.robot.calibration import load_calibration
+from so101.robot.camera import Camera, CameraConfig
+from so101.robot.ports import BAUD, PORTS_COMMAND, list_ports, open_port, permission_advice
+from so101.robot.probe import (
+    BAUDS,
+    SETUP_COMMAND,
+    ServoState,
+    damaged_replies,
+    differing_joints,
+    explain_gap,
+    firmware_mix,
+    hear,
+    inspect,
+    swapped,
+)
+from so101.schema import JOINTS
+from so101.sim.servos import SIM_CALIBRATION, SimPort, SimServos
+from so101.timing import Clock
+
+AGAIN = "mend that, then run this again"
+LITTLE_SPACE, NO_SPACE = 5e9, 5e8  # bytes; 25 recorded episodes are about 0.1 GB, a training run's features some GB
+JITTER_PERIOD, JITTER_TICKS = 0.005, 100  # s
+LATE_S = 0.005  # a twentieth of a 10 Hz tick
+WATCH_CAMERA_S, LOOK_EVERY_S = 2.0, 0.005
+ENOUGH_FPS = 0.8  # of what was asked for
+
+
+@dataclass
+class Config:
+    """What the command line can set."""
+
+    rig: str | None = option(None, "JSON file of the rig (configs/rig.json); null: the simulated one")
+    dataset: str | None = option(None, "folder of a dataset to open; null: none")
+    json: bool = option(False, "print one JSON object instead of lines; --json does the same")
+
+
+@dataclass
+class Finding:
+    """One line of the report."""
+
+    level: str  # good, warning or bad
+    what: str
+    found: str
+    then: str = ""  # the command to run next, or what to do before that
+    hardware: bool = False
+
+
+def main(config: Config) -> int:
+    """Print the findings; 0 when none is bad, 3 when hardware is, else 1."""
+    findings = []
+    for finding in examine(config):
+        findings.append(finding)
+        if not config.json:
+            then = f"\n{'':9}next: {finding.then}" if finding.then else ""
+            print(f"{finding.level:8} {finding.what}: {finding.found}{then}", flush=True)
+    bad = [finding for finding in findings if finding.level == "bad"]
+    code = EXIT_DONE if not bad else HardwareError.exit_code if any(f.hardware for f in bad) else 1
+    if config.json:
+        print(json.dumps({"exit_code": code, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    return code
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """Everything, one finding after the other."""
+    yield from machine()
+    try:
+        rig = RigConfig() if config.rig is None else load(RigConfig, config.rig)
+        yield Finding("good", "config", f"{config.rig or 'the simulated rig'} loads")
+    except ConfigError as error:
+        yield Finding("bad", "config", str(error), AGAIN)
+    else:
+        yield from arms(rig)
+        for name, camera in rig.cameras.items():
+            yield check_camera(name, camera, rig.simulated)
+    if config.dataset is not None:
+        yield from check_dataset(config.dataset)
+
+
+def machine() -> Iterator[Finding]:
+    """Processors, disk, clock and serial ports."""
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    about = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
+    for device in devices:
+        try:
+            name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores"
+            worked = torch.ones(8, device=device).sum().item() == 8
+        except RuntimeError as error:
+            name, worked = str(error).splitlines()[0], False
+        then = "" if worked else "install the torch that fits this machine's driver (pytorch.org), or use device=cpu"
+        yield Finding("good" if worked else "bad", f"torch device {device}", f"{name}; {about}", then)
+    free = shutil.disk_usage(".").free
+    level = "good" if free > LITTLE_SPACE else "warning" if free > NO_SPACE else "bad"
+    then = "" if level == "good" else "make room, or work in a folder on another disk"
+    yield Finding(level, "disk", f"{free / 1e9:.1f} GB free here", then)
+    late = jitter(Clock())
+    level = "good" if late < LATE_S else "warning"
+    then = "" if level == "good" else "close other programs, then run this again"
+    yield Finding(level, "clock", f"a sleeping loop wakes up {late * 1e3:.1f} ms late (99th percentile)", then)
+    for port in list_ports():
+        if os.name == "posix" and not os.access(port.device, os.R_OK | os.W_OK):
+            yield Finding("warning", "serial port", f"{port} {permission_advice(port.device)}", AGAIN)
+        else:
+            yield Finding("good", "serial port", str(port))
+
+
+def jitter(clock: Clock) -> float:
+    """How late (s) a loop that only sleeps wakes up, 99th percentile."""
+    late, due = [], clock.now()
+    for _ in range(JITTER_TICKS):
+        due += JITTER_PERIOD
+        clock.sleep_until(due)
+        late.append(clock.now() - due)
+    return float(np.percentile(late, 99))
+
+
+def arms(rig: RigConfig) -> Iterator[Finding]:
+    """Ports, servos and calibrations of follower and leader, and whether the two are swapped."""
+    whole: dict[str, Arm] = {}
+    with ExitStack() as stack:
+        for name, config in {"follower": rig.follower, "leader": rig.leader}.items():
+            if config is not None:
+                try:
+                    yield from check_arm(name, config, rig.simulated, whole, stack)
+                except HardwareError as error:
+                    yield Finding("bad", f"{name} port", str(error), PORTS_COMMAND, hardware=True)
+        if len(whole) == 2 and (said := swapped(**whole)):
+            yield Finding("bad", "arms", said, f"{PORTS_COMMAND} wiggle=true", hardware=True)
+
+
+def check_arm(
+    name: str, config: ArmConfig, simulated: bool, whole: dict[str, Arm], stack: ExitStack
+) -> Iterator[Finding]:
+    """One arm; it joins `whole` when all its servos answer and its calibration can be read.
+
+    Raises HardwareError when its port cannot be opened, or fails.
+    """
+    port = SimPort(SimServos()) if simulated else open_port(config.port, f"{name}.port")
+    stack.callback(port.close)
+    stable = next((info.stable for info in list_ports() if info.device == config.port), None)
+    if stable is None:
+        yield Finding("good", f"{name} port", f"{config.port} opens")
+    else:
+        found = f"{config.port} opens, but may be another arm's after a reboot"
+        yield Finding("warning", f"{name} port", found, f"write {stable} into the config")
+    bus = ServoBus(port)
+    answering = yield from check_servos(name, bus)
+    if gap := explain_gap(answering):
+        yield Finding("bad", f"{name} chain", gap, f"{SETUP_COMMAND} port={config.port} arm={name}", hardware=True)
+        if isinstance(port, serial.Serial):
+            yield from strangers(name, port)
+        return
+    what, then = f"{name} calibration", f"python -m so101.tools.calibrate port={config.port}"
+    try:
+        if config.calibration is None and not simulated:
+            raise ConfigError(f"{name}.calibration: a real arm needs its calibration file")
+        calibration = SIM_CALIBRATION if simulated else load_calibration(Path(config.calibration or ""))
+    except ConfigError as error:
+        yield Finding("bad", what, str(error), then)
+        return
+    whole[name] = Arm(bus, calibration)
+    if differing := differing_joints(bus, calibration):
+        found = f"not the one in the servos of {', '.join(differing)}: {config.calibration} is another arm's, or old"
+        yield Finding("bad", what, found, then)
+    else:
+        yield Finding("good", what, f"{config.calibration or 'the simulated one'} is the one in the servos")
+
+
+def check_servos(name: str, bus: ServoBus) -> Generator[Finding, None, list[str]]:
+    """A finding for each servo that answers and for all of them together; returns the joints that answer."""
+    states: dict[str, ServoState] = {}
+    collided = []
+    for servo_id, joint in enumerate(JOINTS, start=1):
+        try:
+            state = inspect(bus, servo_id)
+        except ServoError as error:
+            collided.append(joint)
+            yield Finding("bad", f"{name} {joint}", str(error), SETUP_COMMAND, hardware=True)
+            continue
+        if state is not None:
+            states[joint] = state
+            yield servo_finding(f"{name} {joint}", state)
+    if mix := firmware_mix(states.values()):
+        yield Finding("warning", f"{name} firmware", mix, "nothing, while no replies are lost")
+    if (damaged := damaged_replies(bus)) and not collided:
+        found = f"{damaged} replies came damaged: a loose plug, a worn cable, or another program on the port"
+        yield Finding("warning", f"{name} line", found, "push all plugs in, then run this again")
+    return [joint for joint in JOINTS if joint in states or joint in collided]
+
+
+def servo_finding(what: str, state: ServoState) -> Finding:
+    """One servo that answers."""
+    found = "; ".join([str(state), *state.complaints])
+    if state.status or not state.supplied:
+        return Finding("bad", what, found, AGAIN, hardware=True)
+    if state.complaints:
+        return Finding("warning", what, found, AGAIN)
+    if state.torque:
+        return Finding("warning", what, found, "support the arm, then python -m so101.tools.release")
+    return Finding("good", what, found)
+
+
+def strangers(name: str, port: serial.Serial) -> Iterator[Finding]:
+    """Motors that answer at another speed or to an id that no joint has: why a joint may be silent."""
+    for baud in BAUDS:
+        for servo_id in hear(port, baud)[0]:
+            if baud != BAUD or not 1 <= servo_id <= len(JOINTS):
+                found = f"answers as id {servo_id} at {baud} baud; joints have ids 1 .. {len(JOINTS)} at {BAUD}"
+                yield Finding(
+                    "bad", f"{name} motor {servo_id}", found, f"{SETUP_COMMAND} port={port.port}", hardware=True
+                )
+
+
+def check_camera(name: str, config: CameraConfig, simulated: bool) -> Finding:
+    """Whether a camera opens and gives frames, how many, and how old they are when they are used."""
+    what, clock = f"camera {name}", Clock()
+    if simulated:
+        return Finding("good", what, "rendered by the simulation")
+    try:
+        with closing(Camera(name, config, clock)) as camera:
+            fps, age = watch(camera, clock, WATCH_CAMERA_S)
+    except HardwareError as error:
+        return Finding("bad", what, str(error), "python -m so101.tools.camera", hardware=True)
+    found = f"{config.source}: {fps:.1f} of {config.fps} frames per second, {age * 1e3:.0f} ms old when they are used"
+    if fps < ENOUGH_FPS * config.fps:
+        return Finding(
+            "warning", what, found, "add light, and give the camera a USB port of its own; then run this again"
+        )
+    return Finding("good", what, found)
+
+
+def watch(camera: AnyCamera, clock: Clock, seconds: float) -> tuple[float, float]:
+    """Frames per second, and the mean age (s) of the newest frame when it is asked for."""
+    camera.latest()  # the first takes seconds
+    taken, ages, end = [], [], clock.now() + seconds
+    while clock.now() < end:
+        clock.sleep_until(clock.now() + LOOK_EVERY_S)
+        taken.append(camera.latest()[1])
+        ages.append(clock.now() - taken[-1])
+    return (len(set(taken)) - 1) / (taken[-1] - taken[0] or seconds), float(np.mean(ages))
+
+
+def check_dataset(folder: str) -> Iterator[Finding]:
+    """Whether a dataset opens, and where its parts disagree."""
+    try:
+        dataset = open_dataset(folder)
+    except UserError as error:
+        yield Finding("bad", "dataset", str(error), "give the folder that holds meta/info.json")
+        return
+    frames = sum(episode.length for episode in dataset.episodes)
+    yield Finding(
+        "good", "dataset", f"{folder}: {len(dataset.episodes)} episodes, {frames} frames at {dataset.fps} fps"
+    )
+    for note in dataset.notes:
+        yield Finding("warning", "dataset", note, "nothing: the rows are believed")
+
+
+if __name__ == "__main__":
+    sys.argv = ["json=true" if word == "--json" else word for word in sys.argv]
+    launch(Config, main, __doc__ or "")

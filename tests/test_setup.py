@@ -1,0 +1,190 @@
+"""Motors out of the box, set up by the real tool as a person drives it, plugging motors and pressing Enter."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from so101.schema import JOINTS
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="this system has no pseudo-terminals")
+
+SILENT = (
+    "no motor answers, though the USB adapter is there. Plug in the arm's power supply (USB does not feed the "
+    "motors), check the cable from the board to the first motor, and on a Waveshare board set both jumpers to B (USB)"
+)
+COLLISION = (
+    "replies collide, so two motors have the same id (or a cable is damaged). Leave one motor connected, and give "
+    "each its id with python -m so101.tools.setup"
+)
+
+
+class Person:
+    """Reads what the tool says, plugs in what it asks for (or something else), and presses Enter."""
+
+    def __init__(self, live_arm, *words: str) -> None:
+        self.servos = live_arm.servos
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "so101.tools.setup", f"port={live_arm.path}", *words],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._too_late = threading.Timer(30, self.process.kill)
+        self._too_late.start()
+
+    def listen(self) -> list[str]:
+        """What is said up to the next request, which is the last line."""
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line.rstrip("\n"))
+            if lines[-1].startswith("Connect "):
+                break
+        return [line for line in lines if line]
+
+    def plug(self, *joints: str) -> None:
+        """Connect these motors, and no others, and press Enter."""
+        connected = [name in joints for name in JOINTS]
+        self.servos.power_cycle(i for i, here in enumerate(connected) if here and not self.servos.present[i])
+        self.servos.present[:] = connected
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def leave(self) -> tuple[int, str]:
+        """Close the terminal; exit code and stderr."""
+        self.process.stdin.close()
+        error = self.process.stderr.read()
+        return self.process.wait(), error
+
+    def close(self) -> None:
+        self._too_late.cancel()
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            pipe.close()
+
+
+@pytest.fixture
+def person(live_arm, request) -> Iterator[Person]:
+    """In front of an arm of factory motors, none of them connected; with the words of the command line."""
+    for index in range(6):
+        live_arm.servos.store(index, "ID", 1)
+        live_arm.servos.store(index, "Homing_Offset", 0)
+        live_arm.servos.present[index] = False
+    person = Person(live_arm, *getattr(request, "param", ()))
+    yield person
+    person.close()
+
+
+def ids(servos) -> list[int]:
+    """What the servos hold when they have lost their power: what was really stored."""
+    servos.power_cycle()
+    return [servos.id_of(index) for index in range(6)]
+
+
+@pytest.mark.parametrize("person", [["arm=leader"]], indirect=True)
+def test_from_a_box_of_motors_to_a_chain(person) -> None:
+    """One motor has another speed, one other firmware, one another model, one a 12 V supply: told, not refused."""
+    servos = person.servos
+    servos.store(JOINTS.index("elbow_flex"), "Baud_Rate", 1)
+    servos.store(JOINTS.index("gripper"), "Firmware_Minor_Version", 9)
+    servos.store(JOINTS.index("wrist_roll"), "Model_Number", 778)
+    servos.voltage[JOINTS.index("shoulder_lift")] = 12.1
+    said = person.listen()
+    gears = {}
+    while "Connect only" in said[-1]:
+        joint, gear = said[-1].removeprefix("Connect only the motor for the leader's ").split(" (gear ")
+        gears[joint] = gear.split(")")[0]
+        person.plug(joint)
+        answer = person.listen()
+        said += answer
+    assert gears == {
+        "gripper": "1/147", "wrist_roll": "1/147", "wrist_flex": "1/147",
+        "elbow_flex": "1/191", "shoulder_lift": "1/345", "shoulder_pan": "1/191",
+    }  # fmt: skip
+    person.plug(*JOINTS)
+    said += person.listen()
+    code, error = person.leave()
+    assert (code, error) == (0, "")
+    state = "model 777, firmware 3.10, 7.4 V, 25 C, torque off"
+    assert f"wrist_flex: id 1, {state}, at 1000000 baud; now id 4 at 1000000 baud" in said
+    assert f"elbow_flex: id 1, {state}, at 500000 baud; now id 3 at 1000000 baud" in said
+    assert f"shoulder_pan: id 1, {state}; left as it is" in said
+    too_much = (
+        "gets 12.1 V, and is made for 4.0 .. 8.0: unplug the power now; 7.4 V motors take a 5 V supply, only the "
+        "12 V kind takes 12"
+    )
+    assert f"warning: this motor {too_much}" in said
+    assert f"warning: shoulder_lift {too_much}" in said
+    assert "warning: this motor is model 778, not an STS3215 (777): settings may mean other things" in said
+    assert (
+        "warning: firmware differs: 3.10 in id 1, 2, 3, 4, 5; 3.9 in id 6. That works; should replies be lost, update "
+        "all with Feetech's FD program"
+    ) in said
+    assert said[-2:] == [
+        "chain: all six motors answer",
+        "The leader's motors are set up. Next: python -m so101.tools.calibrate",
+    ]
+    assert ids(servos) == [1, 2, 3, 4, 5, 6]
+    assert [servos.read_memory(index, 6, 1) for index in range(6)] == [b"\0"] * 6  # all at 1 Mbaud
+    assert [servos.read_memory(index, 55, 1) for index in range(6)] == [b"\1"] * 6  # and locked
+
+
+def test_each_mistake_is_named_and_can_be_mended(person) -> None:
+    """G 2 of the record of LeRobot's pains: no power, two motors, the same motor twice; then it goes on."""
+    person.listen()
+    person.plug()
+    assert person.listen()[0] == f"gripper: {SILENT}"
+    person.plug("gripper", "wrist_roll")  # both still have id 1
+    assert person.listen()[0] == f"gripper: {COLLISION}"
+    assert ids(person.servos) == [1] * 6
+    person.plug("gripper")
+    assert person.listen()[0].startswith("gripper: id 1, ")
+    person.plug("gripper")
+    assert person.listen()[0] == (
+        "wrist_roll: this is still gripper's motor (id 6): unplug it and connect the next one"
+    )
+    person.plug("gripper", "wrist_roll")
+    assert person.listen()[0] == "wrist_roll: 2 motors answer, with ids 1, 6: leave only one connected"
+    assert ids(person.servos) == [1] * 5 + [6]
+    code, error = person.leave()
+    assert (code, error) == (3, "2 motors answer, with ids 1, 6: leave only one connected\n")
+
+
+@pytest.mark.parametrize("person", [["joint=elbow_flex"]], indirect=True)
+def test_the_chain_s_first_gap_is_named(person) -> None:
+    """G 3: a replaced motor, and a chain in which a cable, a motor and at last nothing is missing."""
+    for index in range(6):
+        if index != 2:
+            person.servos.store(index, "ID", index + 1)
+    person.listen()
+    person.plug("elbow_flex")
+    assert person.listen()[0].endswith("now id 3 at 1000000 baud")
+    person.plug("shoulder_pan", "shoulder_lift")
+    assert person.listen()[-2] == (
+        "chain: elbow_flex (id 3) does not answer, nor does anything behind it (wrist_flex, wrist_roll, gripper): "
+        "check the cable from shoulder_lift to elbow_flex; if it is good, connect elbow_flex's motor alone and run "
+        "python -m so101.tools.setup joint=elbow_flex"
+    )
+    person.plug("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_roll", "gripper")
+    assert person.listen()[-2] == (
+        "chain: wrist_flex (id 4) does not answer, and wrist_roll behind it does, so the cables are good: its motor "
+        "has another id or speed, or is broken. Connect it alone and run python -m so101.tools.setup joint=wrist_flex"
+    )
+    person.plug(*JOINTS)
+    assert "chain: all six motors answer" in person.listen()
+    assert person.leave() == (0, "")
+
+
+def test_what_cannot_be_set_up_is_said_before_any_cable_is_pulled(tmp_path) -> None:
+    def run(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "so101.tools.setup", *words]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return result.returncode, result.stderr
+
+    assert run() == (2, "defaults: port is missing: serial port of the arm; python -m so101.tools.ports lists them\n")
+    code, error = run("port=x", "joint=elbow")
+    assert (code, error.split(", must be one of")[0]) == (2, "command line: joint: got 'elbow'")
+    code, error = run(f"port={tmp_path}/ttyACM0")
+    assert (code, error.split(". ")[0]) == (3, f"port: '{tmp_path}/ttyACM0' is not there")
