@@ -23,7 +23,7 @@ import torch
 from so101.config import from_dict, launch, option, require_within
 from so101.data.video import VideoWriter
 from so101.env import Env, EnvConfig
-from so101.errors import DataError
+from so101.errors import DataError, EpisodeAborted
 from so101.files import write_atomic
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
 from so101.learn.eyes import Eyes
@@ -31,7 +31,7 @@ from so101.learn.networks import Policy
 from so101.learn.resnet10 import STRIDE
 from so101.learn.sac import Sac, SacConfig
 from so101.rig import Rig, RigConfig, describe_task, open_rig
-from so101.robot.teleop import EVALUATION
+from so101.robot.teleop import EVALUATION, POLICY_STARTS
 from so101.runlog import Progress, table, wilson_interval
 from so101.schema import Preprocess, RewardSpec
 
@@ -120,27 +120,37 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Run episodes; each gives its steps, return (the classifier's, paid once) and success.
 
-    Success is the world's verdict where there is one, else the classifier's or the person's.
+    One that is aborted, or dropped with a key, is run again. Success is the world's verdict where there is one,
+    else the classifier's or the person's.
     """
     generator = torch.Generator().manual_seed(0)
     results: list[dict[str, Any]] = []
+    aborts = 0  # since an episode was finished
     with Progress("evaluate", episodes, "episode") as progress:
-        for _ in range(episodes):
+        while len(results) < episodes:
             rig.teleop.hear(EVALUATION)
-            observation, pressed = env.reset()
-            if "quit" in pressed:
-                break
-            eyes.reset()
-            steps, rewarded, done = 0, False, False
-            while not done:
-                step = env.step(policy.act(eyes.features(observation), observation.state, deterministic, generator))
-                observation = step.observation
-                if video is not None:
-                    video.add(np.concatenate(list(observation.images), axis=1))
-                # Where the classifier is the environment's own judge it has counted this observation already.
-                rewarded = rewarded or (step.success if rig.verdict is None else eyes.update(observation))
-                steps += 1
-                done = step.terminated or step.truncated or bool(step.events & {"end", "quit"})
+            try:
+                observation, pressed = env.reset()
+                if "quit" in pressed:
+                    break
+                rig.teleop.hear(POLICY_STARTS)
+                eyes.reset()
+                steps, rewarded, done = 0, False, False
+                while not done:
+                    step = env.step(policy.act(eyes.features(observation), observation.state, deterministic, generator))
+                    observation = step.observation
+                    if video is not None:
+                        video.add(np.concatenate(list(observation.images), axis=1))
+                    # Where the classifier is the environment's own judge it has counted this observation already.
+                    rewarded = rewarded or (step.success if rig.verdict is None else eyes.update(observation))
+                    steps += 1
+                    done = step.terminated or step.truncated or bool(step.events & {"end", "redo", "quit"})
+            except EpisodeAborted as error:
+                aborts = rig.teleop.drop(error, aborts)
+                continue
+            aborts = 0
+            if "redo" in step.events:
+                continue
             paid = env.reward.of(rewarded) + (steps - 1) * env.reward.of(False)
             results.append({"steps": steps, "return": paid, "success": step.success})
             if "quit" in step.events:
@@ -151,6 +161,8 @@ def evaluate(
 
 def report(folder: Path, episodes: list[dict[str, Any]], rig: Rig) -> None:
     """Print the table and the rate with its 95 % Wilson interval; write eval.json."""
+    if not episodes:
+        return
     succeeded = sum(e["success"] for e in episodes)
     low, high = wilson_interval(succeeded, len(episodes))
     rows = [[i + 1, e["steps"], f"{e['return']:.2f}", "yes" if e["success"] else "no"] for i, e in enumerate(episodes)]
@@ -162,8 +174,6 @@ def report(folder: Path, episodes: list[dict[str, Any]], rig: Rig) -> None:
         f"{np.mean([e['steps'] for e in episodes]):.1f} steps an episode; "
         f"the classifier paid in {sum(e['return'] > 0.5 for e in episodes)}"
     )
-    if not episodes:
-        return
     summary = {"success_rate": succeeded / len(episodes), "interval": [low, high], "judge": judge, "episodes": episodes}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "eval.json"

@@ -6,6 +6,8 @@
 
 The leader drives from the first tick. The success key marks where success starts and recording goes on,
 so that the classifier sees many positive frames. Each finished episode is on disk before the next begins.
+To keep it, do nothing; r drops the take in progress, or during the reset leaves the one before out, and it is
+recorded again; p makes the next episode wait.
 """
 
 from contextlib import ExitStack, closing
@@ -18,11 +20,13 @@ from so101.config import launch, load, option, require_within, save
 from so101.data.dataset import DatasetWriter, open_dataset
 from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
 from so101.env import Env, EnvConfig, Observation
-from so101.errors import ConfigError, DataError
+from so101.errors import ConfigError, DataError, EpisodeAborted
 from so101.rig import RigConfig, describe_task, open_rig
-from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE
+from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE, RECORDING
 from so101.runlog import Progress
 from so101.schema import ACTION, Preprocess, RewardSpec
+
+LEAST_MOTION = 0.05  # of a full action; a leader that lies still gives its encoder's jitter, 0.02
 
 
 @dataclass
@@ -74,8 +78,10 @@ def main(config: Config) -> None:
     had = len(open_dataset(folder).episodes) if folder.exists() else 0
     if folder.exists() and not config.resume:
         raise DataError(f"{folder}: exists with {had} episodes; name another, or add to it with resume=true")
-    if had >= config.episodes:
-        print(f"{folder}: holds {had} episodes already")
+    labels = load_labels(folder, had) or Labels(folder.name)
+    left_out = sum(label.skip for label in labels.episodes.values())
+    if had - left_out >= config.episodes:
+        print(f"{folder}: holds {had - left_out} episodes already")
         return
     seed = config.seed + 1_000_003 * had  # a resumed recording draws fresh scenes, not its first ones again
     schema = describe_task(config.rig, config.env, config.preprocess)
@@ -88,25 +94,35 @@ def main(config: Config) -> None:
             folder, fps=config.env.fps, cameras=config.rig.frame_sizes, task=config.task, schema=schema
         )
         stack.enter_context(closing(writer))
-        labels = load_labels(folder, had) or Labels(folder.name)
         label_the_last(folder, labels)
         progress = stack.enter_context(Progress("record", config.episodes, "episode"))
-        while writer.episodes < config.episodes:
-            failing = is_failure(writer.episodes, config)
+        kept, aborts = False, 0  # whether the last episode is on disk; how many failed since one was
+        while (number := writer.episodes - left_out) < config.episodes:
+            failing = is_failure(number, config)
             rig.teleop.hear(DEMONSTRATE_FAILURE if failing else DEMONSTRATE)
-            observation, pressed = env.reset(person_drives=True)
-            if "failure" in pressed and writer.episodes:  # a late verdict on the episode before
-                labels.set(writer.episodes - 1, EpisodeLabel(all_fail=True))
-                labels.save(labels_path(folder))
-            if "quit" in pressed:
-                break
-            label, kept, quits = record_episode(env, writer, config, observation)
+            try:
+                observation, pressed = env.reset(person_drives=True)
+                dropped = kept and judge_the_last(pressed, folder, labels, writer.episodes - 1)
+                kept = False
+                if "quit" in pressed:
+                    break
+                if dropped:  # what comes next may be another kind of episode
+                    left_out += 1
+                    continue
+                rig.teleop.hear(RECORDING.about(writer.episodes))
+                label, kept, quits = record_episode(env, writer, config, observation)
+            except EpisodeAborted as error:
+                writer.discard_episode()
+                aborts = rig.teleop.drop(error, aborts)
+                continue
+            aborts = 0
             if kept:
                 labels.set(writer.episodes - 1, label or (EpisodeLabel(all_fail=True) if failing else None))
                 labels.save(labels_path(folder))
             if quits:
                 break
-            progress.update(writer.episodes, success=sum(not label.all_fail for label in labels.episodes.values()))
+            successes = sum(not (label.all_fail or label.skip) for label in labels.episodes.values())
+            progress.update(writer.episodes - left_out, success=successes)
     print(f"{folder}: {writer.episodes} episodes; labels in {labels_path(folder)}")
 
 
@@ -123,13 +139,29 @@ def label_the_last(folder: Path, labels: Labels) -> None:
     labels.save(labels_path(folder))
 
 
+def judge_the_last(pressed: frozenset[str], folder: Path, labels: Labels, last: int) -> bool:
+    """Keys pressed while the arm resets speak of the episode before: it failed, or is left out (then True)."""
+    if "failure" in pressed:
+        labels.set(last, EpisodeLabel(all_fail=True))
+    if "redo" in pressed:
+        labels.set(last, replace(labels.episodes.get(last, EpisodeLabel(skip=True)), skip=True))
+        print(f"episode {last} is left out: labelled skip in {labels_path(folder)}")
+    if pressed & {"failure", "redo"}:
+        labels.save(labels_path(folder))
+    return "redo" in pressed
+
+
 def record_episode(
     env: Env, writer: DatasetWriter, config: Config, observation: Observation
 ) -> tuple[EpisodeLabel | None, bool, bool]:
-    """Record one episode: its live label (None without a verdict), whether it was kept, whether the person quits."""
+    """Record one episode: its live label (None without a verdict), whether it was kept, whether the person quits.
+
+    Raises EpisodeAborted where nobody moved the leader: such actions teach to do nothing.
+    """
     started = observation.time
     success_from: int | None = None
     steps = 0
+    actions = []
     while True:
         step = env.step(np.zeros(len(ACTION)))
         if "redo" in step.events or "quit" in step.events:
@@ -138,6 +170,7 @@ def record_episode(
         if "success" in step.events and success_from is None:
             success_from = steps  # the observation that the person saw when pressing the key
         steps += 1
+        actions.append(step.action)
         after = None if success_from is None else steps - success_from
         ended = "end" in step.events or (after is not None and after == config.steps_after_success)
         writer.add(
@@ -148,6 +181,8 @@ def record_episode(
         observation = step.observation
         if ended or step.terminated or step.truncated:
             break
+    if np.ptp(actions, axis=0).max() < LEAST_MOTION:
+        raise EpisodeAborted(f"its {steps} actions never vary; move the leader, and check that its servos answer")
     if "failure" in step.events:
         success_from = None  # the last word
     # The reward of a row is the success of the observation that follows it.

@@ -1,5 +1,7 @@
 """One arm, its leader, cameras and person, real or simulated. The only file that knows which."""
 
+import functools
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -7,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import serial
 
 from so101.config import option, require_within
 from so101.env import Camera as AnyCamera
 from so101.env import Detector, Env, EnvConfig, Observation
-from so101.errors import ConfigError, HardwareError
+from so101.errors import ConfigError, HardwareError, SafetyStop
 from so101.robot import safety
 from so101.robot.arm import Arm
 from so101.robot.bus import ServoBus
 from so101.robot.calibration import load_calibration
-from so101.robot.camera import Camera, CameraConfig
+from so101.robot.camera import Camera, CameraConfig, require_lasting_names
 from so101.robot.kinematics import jaw_angle
+from so101.robot.ports import open_port
+from so101.robot.probe import swapped
 from so101.robot.safety import SafetyConfig
-from so101.robot.teleop import Leader, Teleop, TerminalKeys
+from so101.robot.sound import Sound
+from so101.robot.teleop import STOPPED, Leader, Teleop, TeleopConfig, TerminalKeys
 from so101.schema import JOINTS, Preprocess, RewardSpec, describe
 from so101.sim.camera import CameraConfig as SimCameraConfig
 from so101.sim.camera import Scene, SimCamera
@@ -28,9 +32,6 @@ from so101.sim.operator import Operator, OperatorConfig
 from so101.sim.servos import SIM_CALIBRATION, SimPort, SimServos
 from so101.sim.world import World, WorldConfig
 from so101.timing import SUBSTEP, Clock, SimClock
-
-BAUD = 1_000_000
-REPLY_TIMEOUT_S = 0.05  # six servos answer in 1.4 ms; USB adapters add up to 16
 
 
 @dataclass
@@ -55,6 +56,7 @@ class RigConfig:
     follower: ArmConfig = option(ArmConfig(), "the arm that acts")
     leader: ArmConfig | None = option(ArmConfig(), "the arm in the person's hand; null for keys only")
     cameras: dict[str, CameraConfig] = option({"wrist": CameraConfig(source="sim")}, "cameras by name")
+    teleop: TeleopConfig = option(TeleopConfig(), "how the person takes over, and which cues are heard")
     safety: SafetyConfig = option(SafetyConfig(), "what the watchdog tolerates")
     world: WorldConfig = option(WorldConfig(), "the simulated world")
     sim_camera: SimCameraConfig = option(SimCameraConfig(), "the simulated camera")
@@ -163,35 +165,51 @@ def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
         rig = _simulated(config, seed) if config.simulated else _real(config, stack)
         stack.callback(rig.teleop.close)
         if rig.teleop.leader is not None:
+            if said := swapped(rig.arm, rig.teleop.leader.arm):
+                raise HardwareError(said)
             rig.teleop.leader.arm.connect()
             rig.teleop.leader.arm.configure()
         safety.safe_start(rig.arm)
         stack.callback(safety.safe_close, rig.arm, rig.clock, np.array(config.follower.rest))
-        yield rig
+        stack.callback(_report_faults, rig)
+        try:
+            yield rig
+        except (HardwareError, SafetyStop):
+            rig.teleop.hear(STOPPED)
+            raise
+
+
+def _report_faults(rig: Rig) -> None:
+    """What the lines were like, once, at the end of a run."""
+    arms = {"follower": rig.arm} | ({"leader": rig.teleop.leader.arm} if rig.teleop.leader is not None else {})
+    for name, arm in arms.items():
+        if said := arm.bus.report():
+            print(f"{name}: {said}", file=sys.stderr)
+    for camera in rig.cameras.values():
+        if isinstance(camera, Camera) and (said := camera.report()):
+            print(said, file=sys.stderr)
 
 
 def _real(config: RigConfig, stack: ExitStack) -> Rig:
+    require_lasting_names(config.cameras)
     clock = Clock()
-    leader = None if config.leader is None else Leader(_open_arm("leader", config.leader, stack))
-    arm = _open_arm("follower", config.follower, stack)
+    leader = None if config.leader is None else Leader(open_arm("leader", config.leader, stack))
+    arm = open_arm("follower", config.follower, stack)
     cameras = {}
     for name, camera in config.cameras.items():
         cameras[name] = Camera(name, camera, clock)
         stack.callback(cameras[name].close)
-    return Rig(clock, arm, cameras, Teleop(leader, TerminalKeys()), None, config.safety)
+    teleop = Teleop(leader, TerminalKeys(Sound(config.teleop.sounds)), config.teleop)
+    return Rig(clock, arm, cameras, teleop, None, config.safety)
 
 
-def _open_arm(name: str, config: ArmConfig, stack: ExitStack) -> Arm:
+def open_arm(name: str, config: ArmConfig, stack: ExitStack) -> Arm:
+    """A real arm: its port open, its calibration read, nothing sent yet; `stack` closes it."""
     if config.calibration is None:
         raise ConfigError(f"{name}.calibration: a real arm needs its calibration file")
     calibration = load_calibration(Path(config.calibration))
-    try:
-        port = serial.Serial(config.port, BAUD, timeout=REPLY_TIMEOUT_S)
-    except serial.SerialException as error:
-        raise HardwareError(
-            f"{name}.port {config.port!r} cannot be opened ({error}); is the arm plugged in?"
-        ) from error
-    bus = ServoBus(port, names={joint.id: f"{name} {key}" for key, joint in calibration.joints.items()})
+    open_it = functools.partial(open_port, config.port, f"{name}.port")
+    bus = ServoBus(open_it(), names={i: f"{name} {joint}" for i, joint in calibration.names.items()}, reopen=open_it)
     stack.callback(bus.close)
     return Arm(bus, calibration)
 
@@ -218,9 +236,11 @@ def _simulated(config: RigConfig, seed: int) -> Rig:
 
     cameras = {name: SimCamera(config.sim_camera, scene, clock, camera_rng) for name in config.cameras}
     operator = Operator(config.operator, world, follower, leader, person_rng)
-    hand = None if config.leader is None else Leader(_sim_arm(leader))
-    return Rig(clock, _sim_arm(follower), cameras, Teleop(hand, operator), WorldVerdict(world), config.safety)
+    hand = None if config.leader is None else Leader(_sim_arm(leader, clock))
+    teleop = Teleop(hand, operator, config.teleop)
+    return Rig(clock, _sim_arm(follower, clock), cameras, teleop, WorldVerdict(world), config.safety)
 
 
-def _sim_arm(servos: SimServos) -> Arm:
-    return Arm(ServoBus(SimPort(servos), names=SIM_CALIBRATION.names), SIM_CALIBRATION)
+def _sim_arm(servos: SimServos, clock: SimClock) -> Arm:
+    port = SimPort(servos)
+    return Arm(ServoBus(port, names=SIM_CALIBRATION.names, reopen=port.open, clock=clock), SIM_CALIBRATION)

@@ -1,5 +1,6 @@
 """Each script's main on a tiny simulated rig, and as a process from the command line: the whole loop runs."""
 
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_record import FaultyCamera, Scripted
 
 import infer
 import record
@@ -66,6 +68,25 @@ def script(*arguments, cwd=ROOT, **kwargs):
     )
 
 
+@pytest.fixture
+def launched(tmp_path, monkeypatch, capsys):
+    """Runs a script's launch in this process, in an empty folder; a process of its own takes 1.7 s to import torch."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def launched(name, *arguments):
+        module = importlib.import_module(name)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        with pytest.raises(SystemExit) as left:
+            configs.launch(module.Config, module.main, module.__doc__)
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, left.value.code or 0, printed.out, printed.err)
+
+    yield launched
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def test_record_keeps_its_promises(made):
     dataset = open_dataset(made / "demos")
     labels = Labels.load(labels_path(made / "demos"))
@@ -113,7 +134,8 @@ def test_train_sac_learns_checkpoints_resumes_and_is_evaluated(made, tmp_path, c
     assert "goes on from step" in capsys.readouterr().out
     after = load_checkpoint(run, config.schema(), None)
     assert after.step >= 100 and after.training_state["updates"] > before.training_state["updates"]
-    assert len(list((run / "checkpoints").glob("[0-9]*"))) >= 2
+    checkpoints = sorted((run / "checkpoints").glob("[0-9]*"))
+    assert len(checkpoints) >= 2 and find_checkpoint(run) == checkpoints[-1]
     assert np.array_equal(marks[filled != 0], filled[filled != 0])  # cached features were kept, not made anew
     steps = sum(episode.length for episode in open_dataset(run / "episodes").episodes)
     assert steps == after.step
@@ -180,6 +202,35 @@ def test_redo_and_a_late_verdict_reach_replay_and_disk(made, tmp_path):
     assert run.replay.terminated[online[last]] and run.replay.reward[online[last]] == 0
     labels = Labels.load(labels_path(tmp_path / "run" / "episodes"))
     assert labels.episodes[0].all_fail and list(labels.episodes) == [0]
+
+
+def test_a_lost_picture_drops_an_online_episode_whole_and_an_evaluated_one_is_run_again(made, tmp_path):
+    """The camera fails in the first reset, in the second episode and in the fourth: never three in a row."""
+    config = sac_config(made, tmp_path / "run", steps=30)
+    eyes = Eyes(None, made / "reward", config.schema(), config.sac.views, config.sac.pad, config.seed, "cpu")
+    run = train_sac.Run(tmp_path / "run", config, eyes, train_sac.load_demonstrations(config))
+    with open_rig(config.rig, 1) as rig:
+        # A verdict after an episode that was dropped has nothing to correct.
+        rig.teleop.keys = Scripted(rig.teleop.keys, {(3, 1): "failure"}, announced=(teleop.TRAINING,))
+        rig.cameras = {"wrist": FaultyCamera({1, 10, 40})}
+        env = rig.make_env(config.env, config.preprocess, config.reward, 1, eyes)
+        learner = train_sac.run_learner(config, run)
+        for _ in train_sac.run_actor(config, run, env, rig, eyes):
+            next(learner)
+        next(learner)
+        rig.cameras["wrist"].fails_at = {rig.cameras["wrist"].looks + 5}
+        results = infer.evaluate(env, rig, run.sac.policy, eyes, 1, True)
+    run.close()
+    heard = rig.teleop.keys.heard
+    assert heard.count("episode dropped: camera wrist: newest frame is 0.7 s old") == 4 and len(results) == 1
+    recorded = open_dataset(tmp_path / "run" / "episodes").episodes
+    online = run.replay.pools[1]
+    assert len(online) == run.steps == sum(episode.length for episode in recorded) >= 30
+    assert np.array_equal(run.replay.action[online], np.concatenate([e.columns()["action"] for e in recorded]))
+    assert np.array_equal(
+        run.replay.truncated[online], np.concatenate([e.columns()["next.truncated"] for e in recorded])
+    )
+    assert not labels_path(tmp_path / "run" / "episodes").exists()
 
 
 def test_a_kill_between_an_episode_and_its_label_loses_no_verdict(tmp_path):
@@ -278,8 +329,8 @@ def test_record_killed_at_any_instant_loses_at_most_the_episode_in_progress(tmp_
     command = ["record.py", f"dataset={folder}", "episodes=40", "failures=0", "resume=true"]
     rng = np.random.default_rng(0)
     had = 0
-    for _ in range(4):
-        code, _ = kill_at(command, folder, rng.uniform(1.0, 2.5), signal.SIGKILL)
+    for _ in range(3):
+        code, _ = kill_at(command, folder, rng.uniform(0.5, 2.0), signal.SIGKILL)
         assert code == -signal.SIGKILL
         dataset = open_dataset(folder)
         assert len(dataset.episodes) >= had
@@ -291,15 +342,6 @@ def test_record_killed_at_any_instant_loses_at_most_the_episode_in_progress(tmp_
     done = script("record.py", f"dataset={folder}", f"episodes={had + 1}", "failures=0", "resume=true")
     assert done.returncode == 0, done.stderr
     assert len(open_dataset(folder).episodes) == had + 1
-
-
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_a_recording_with_130_and_whole_episodes(tmp_path, signal_number):
-    folder = tmp_path / "demos"
-    code, errors = kill_at(["record.py", f"dataset={folder}", "episodes=200"], folder, 2.0, signal_number)
-    assert code == 130, errors
-    assert "Traceback" not in errors
-    assert len(open_dataset(folder).episodes) >= 1
 
 
 @pytest.mark.parametrize(
@@ -327,12 +369,16 @@ def test_an_interrupt_ends_a_recording_with_130_and_whole_episodes(tmp_path, sig
         (["label.py", "dataset=nowhere"], 4, "nowhere"),
     ],
 )
-def test_bad_input_is_one_clear_sentence_and_changes_nothing(tmp_path, arguments, code, said):
-    result = script(ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
-    assert result.returncode == code, result.stderr
-    assert said in result.stderr and "Traceback" not in result.stderr
+def test_bad_input_is_one_clear_sentence_and_changes_nothing(tmp_path, launched, arguments, code, said):
+    result = launched(arguments[0].removesuffix(".py"), *arguments[1:])
+    assert result.returncode == code and said in result.stderr, result.stderr
     assert result.stderr.count("\n") <= 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_script_started_from_elsewhere_ends_with_its_sentence_and_code(tmp_path):
+    result = script(ROOT / "infer.py", "run=nowhere", cwd=tmp_path)
+    assert result.returncode == 4 and result.stderr.startswith("nowhere: ") and result.stderr.count("\n") == 1
 
 
 def test_a_real_port_that_is_not_there_is_a_hardware_error(tmp_path):
@@ -405,22 +451,9 @@ def test_a_resume_with_another_config_is_refused(made, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["record", "label", "train_reward", "train_sac", "infer"])
-def test_help_names_every_field_with_its_default(name):
-    result = script(f"{name}.py", "--help")
-    assert result.returncode == 0 and "Traceback" not in result.stderr
-    module = sys.modules.get(name) or __import__(name)
-    for field in module.Config.__dataclass_fields__:
+def test_help_names_every_field_with_its_default(name, launched):
+    result = launched(name, "--help")
+    assert result.returncode == 0
+    for field in importlib.import_module(name).Config.__dataclass_fields__:
         assert field in result.stdout
     assert "default" in result.stdout and max(map(len, result.stdout.splitlines())) <= 120
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
-def test_every_shipped_config_loads_for_its_script(path):
-    script_name = json.loads(path.read_text()).get("script", "train_sac")
-    assert configs.load(sys.modules[script_name].Config, path)
-
-
-def test_the_checkpoint_named_last_is_the_newest(made, tmp_path):
-    train_sac.main(sac_config(made, tmp_path / "run", steps=60))
-    newest = max((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
-    assert find_checkpoint(tmp_path / "run") == newest

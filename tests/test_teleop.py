@@ -1,57 +1,281 @@
-"""Keys over a real pseudo-terminal, and the simulated person: what it does with a leader and keys alone."""
+"""Keys over a real pseudo-terminal, the leader's states, and what the simulated person does with both alone."""
 
 import os
 import pty
+import signal
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 
 import numpy as np
 import pytest
+from test_env import STILL, an_env, servos_of, take_the_keys
 
 from so101.env import EnvConfig
 from so101.rig import RigConfig, open_rig
 from so101.robot import teleop
+from so101.robot.teleop import TeleopConfig, TerminalKeys
 from so101.schema import Preprocess, RewardSpec
+from so101.timing import SimClock
 
 READER = textwrap.dedent(
     """
-    import sys, time
+    import fcntl, sys, termios, time
+    from contextlib import closing
+    from dataclasses import dataclass
+    from so101.config import launch
     from so101.robot.teleop import TerminalKeys
-    keys = TerminalKeys()
-    print("ready", flush=True)
-    pressed = []
-    try:
-        until = time.monotonic() + 5
-        while len(pressed) < 3 and time.monotonic() < until:
-            pressed += keys.poll()
-            time.sleep(0.01)
-    finally:
-        keys.close()
-    print(pressed, flush=True)
+
+    @dataclass
+    class Config:
+        'Reads keys until q; f is a bug in the program.'
+
+    def main(config):
+        with closing(TerminalKeys()) as keys:
+            print("ready", flush=True)
+            while True:
+                for event in keys.poll():
+                    print(event, flush=True)
+                    if event == "failure":
+                        raise ValueError("a bug")
+                    if event == "quit":
+                        return
+                time.sleep(0.01)
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C and Ctrl-Z come from here
+    launch(Config, main, "")
     """
 )
 
 
-def test_keys_are_read_one_at_a_time_from_a_real_terminal_and_unknown_ones_ignored():
+class Person:
+    """A program that reads keys, at a terminal of its own, and who types there."""
+
+    def __init__(self):
+        self.master, self.slave = pty.openpty()
+        self.before = termios.tcgetattr(self.slave)
+        self.program = subprocess.Popen(
+            [sys.executable, "-c", READER],
+            stdin=self.slave, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        )  # fmt: skip
+        assert self.program.stdout.readline().startswith("keys: s success")
+        assert self.program.stdout.readline() == "ready\n"
+
+    def types(self, keys):
+        os.write(self.master, keys)
+
+    def reads_key_by_key(self):
+        return not termios.tcgetattr(self.slave)[3] & termios.ICANON
+
+    def is_stopped(self):
+        return os.waitpid(self.program.pid, os.WUNTRACED)[1] & 0xFF == 0x7F
+
+
+@pytest.fixture
+def person():
+    person = Person()
+    yield person
+    person.program.kill()
+    person.program.communicate()
+    os.close(person.master)
+    os.close(person.slave)
+
+
+def test_keys_are_read_one_at_a_time_from_a_real_terminal_and_unknown_ones_ignored(person):
+    for key in (b"s", b"z", b"\x1bOQ", b"\x1b[F", b"I", b"q"):  # no Enter; F2 and End send letters of their own
+        person.types(key)
+        time.sleep(0.03)
+    assert person.program.stdout.read().split() == ["success", "intervene", "quit"]
+    assert person.program.wait(5) == 0
+
+
+def test_a_key_that_is_held_down_is_pressed_once(person):
+    """Row 23: success was said at each step."""
+    for _ in range(20):
+        person.types(b"s")
+        time.sleep(0.03)  # a terminal repeats at about 30 Hz
+    person.types(b"q")
+    assert person.program.stdout.read().split() == ["success", "quit"]
+
+
+@pytest.mark.parametrize("ending, code", [(b"q", 0), (b"f", 1), (b"\x03", 130), (signal.SIGTERM, 130)])
+def test_every_way_out_gives_the_terminal_back_as_it_was(person, ending, code):
+    assert person.reads_key_by_key()
+    if isinstance(ending, bytes):
+        person.types(ending)
+    else:
+        person.program.send_signal(ending)
+    assert person.program.wait(5) == code
+    assert termios.tcgetattr(person.slave) == person.before
+
+
+def test_ctrl_z_gives_the_terminal_to_the_shell_and_going_on_takes_it_back(person):
+    for _ in range(2):
+        person.types(b"\x1a")
+        assert person.is_stopped()
+        assert termios.tcgetattr(person.slave) == person.before
+        person.program.send_signal(signal.SIGCONT)
+        until = time.monotonic() + 5
+        while not person.reads_key_by_key() and time.monotonic() < until:
+            time.sleep(0.01)
+    person.types(b"iq")
+    assert person.program.stdout.read().split() == ["intervene", "quit"]
+    assert person.program.wait(5) == 0 and termios.tcgetattr(person.slave) == person.before
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """What is typed at the terminal of this very process; calling it types."""
     master, slave = pty.openpty()
-    reader = subprocess.Popen([sys.executable, "-c", READER], stdin=slave, stdout=subprocess.PIPE, text=True)
-    with reader:
-        assert reader.stdout.readline() == "ready\n"
-        for key in (b"s", b"z", b"I", b"q"):  # no Enter is pressed
-            os.write(master, key)
-            time.sleep(0.02)
-        assert reader.stdout.readline() == "['success', 'intervene', 'quit']\n"
-    assert reader.returncode == 0
+    monkeypatch.setattr(teleop, "HELD_DOWN_S", 0.0)  # simulated seconds pass in no time
+    with open(slave, closefd=False) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield lambda keys: os.write(master, keys)
     os.close(master)
     os.close(slave)
+
+
+def test_a_verdict_typed_while_the_arm_resets_is_not_lost(typed):
+    with an_env() as (env, rig):
+        rig.teleop.keys = TerminalKeys()
+        rig.clock.on_substep.append(lambda dt: typed(b"f") if rig.clock.now() == 1.0 else None)
+        _, pressed = env.reset()
+        assert pressed == {"failure"}
+        assert env.step(STILL).events == frozenset()  # and it is not said again
+        rig.teleop.keys.close()
+
+
+@pytest.mark.parametrize(
+    "keys, ends", [({5.0: b"p"}, 5.0), ({1.0: b"p", 5.0: b"s", 9.0: b"p"}, 9.0), ({4.0: b"q"}, 4.0)]
+)
+def test_paused_the_next_reset_waits_until_the_key_is_pressed_again(typed, capsys, keys, ends):
+    clock = SimClock()
+    clock.on_substep.append(lambda dt: typed(keys[clock.now()]) if clock.now() in keys else None)
+    person = teleop.Teleop(None, TerminalKeys())
+    person.paused = 1.0 not in keys  # since the episode before, or from now on
+    events = person.place_object(clock, 2.0)
+    assert clock.now() == pytest.approx(ends, abs=0.1)
+    assert events == {teleop.KEYS[key.decode()] for key in keys.values()}
+    said = capsys.readouterr().out
+    assert ("paused after this episode: press p to go on" in said) == (1.0 in keys)
+    assert ("goes on" in said) == (not person.paused) == (keys != {4.0: b"q"})
+    person.keys.close()
 
 
 def test_without_a_terminal_no_key_is_ever_pressed():
     program = "from so101.robot.teleop import TerminalKeys; k = TerminalKeys(); print(k.poll()); k.close()"
     done = subprocess.run([sys.executable, "-c", program], input="sss", capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_leader_is_limp_in_the_persons_hand_and_stiff_only_while_it_follows():
+    """Row 2: the leader was locked, and the follower drove it."""
+    with an_env() as (env, rig):
+        hand = take_the_keys(rig)
+        leader = hand.leader
+        assert not leader.torque_on.any()  # opened
+        for _ in range(2):  # the second time after the other states
+            env.reset(person_drives=True)  # record
+            for _ in range(3):
+                assert env.step(STILL).by_human and not leader.torque_on.any()
+            hand.keys = ["intervene"]  # there is nobody to hand back to
+            assert env.step(STILL).by_human and not leader.torque_on.any()
+            env.reset()  # policy
+            for _ in range(12):
+                assert not env.step(np.array([0.3, -0.3, 0.2, 0])).by_human and leader.torque_on.all()
+            assert np.abs(leader.angle - servos_of(rig.arm).angle)[:5].max() < 0.1
+            hand.keys = ["intervene"]
+            for _ in range(3):
+                assert env.step(STILL).by_human and not leader.torque_on.any()
+            hand.keys = ["intervene"]
+            assert not env.step(STILL).by_human and leader.torque_on.all()
+    assert not leader.torque_on.any()  # closed, while it followed
+
+
+class Grip:
+    """A hand on the leader's pan joint, stronger than its servo; None lets it go."""
+
+    def __init__(self, rig):
+        self.leader, self.at = servos_of(rig.teleop.leader.arm), None
+        rig.clock.on_substep.append(self.hold)
+
+    def hold(self, dt):
+        if self.at is not None:
+            self.leader.angle[0] = self.at
+
+    def pull(self, by):
+        self.at = self.leader.angle[0] + by
+
+
+def test_a_leader_pushed_off_its_course_takes_over_within_half_a_second_and_nothing_jumps():
+    with an_env() as (env, rig):
+        hand, grip = take_the_keys(rig), Grip(rig)
+        env.reset()
+        for _ in range(5):
+            env.step(np.array([0.3, 0.3, 0, 0]))
+        for _ in range(8):
+            env.step(STILL)
+        grip.pull(0.35)
+        follower, target = servos_of(rig.arm).angle.copy(), env.target.copy()
+        ticks = next(tick for tick in range(1, 20) if env.step(STILL).by_human)
+        assert ticks <= 5
+        assert np.abs(servos_of(rig.arm).angle - follower).max() < 0.01 and np.allclose(env.target, target, atol=1e-3)
+        assert not hand.leader.torque_on.any() and teleop.YOU_DRIVE in hand.heard
+        grip.pull(0.2)
+        actions = [env.step(STILL).action for _ in range(6)]
+        assert np.abs(actions).max() > 0.5  # and it drives
+
+
+def test_a_hand_that_has_not_let_go_does_not_take_over_again_right_after_handing_back():
+    with an_env() as (env, rig):
+        hand, grip = take_the_keys(rig), Grip(rig)
+        env.reset()
+        grip.pull(0.5)
+        assert any(env.step(STILL).by_human for _ in range(5))
+        hand.keys = ["intervene"]
+        assert not any(env.step(STILL).by_human for _ in range(15))  # still holding it where it is
+        grip.at = None
+        assert not any(env.step(STILL).by_human for _ in range(15))  # it comes back to the follower
+        assert np.abs(hand.leader.angle - servos_of(rig.arm).angle)[:5].max() < 0.05
+        grip.pull(-0.4)
+        assert any(env.step(STILL).by_human for _ in range(5))
+
+
+def test_each_way_to_take_over_can_be_switched_off():
+    with an_env() as (env, rig):
+        hand, grip = take_the_keys(rig), Grip(rig)
+        rig.teleop.config = TeleopConfig(takeover="key")
+        env.reset()
+        grip.pull(0.5)
+        assert not any(env.step(STILL).by_human for _ in range(10))
+        grip.at = None
+        rig.teleop.config = TeleopConfig(takeover="motion")
+        env.reset()
+        hand.keys = ["intervene"]
+        assert not any(env.step(STILL).by_human for _ in range(5))
+        grip.pull(0.5)
+        assert any(env.step(STILL).by_human for _ in range(5))
+        hand.keys = ["intervene"]  # hands back all the same
+        assert not env.step(STILL).by_human
+
+
+@pytest.mark.parametrize("sag", [0.0, 0.9])
+def test_a_leader_that_only_lags_never_takes_over(sag):
+    """Resets, and a policy that reverses at full speed; a leader that hangs 0.1 rad low under 0.9 Nm."""
+    with an_env(5) as (env, rig):
+        hand = take_the_keys(rig)
+        hand.leader.load_torque[1:4] = sag
+        rng = np.random.default_rng(5)
+        farthest = 0.0
+        for _ in range(4):
+            env.reset()
+            for step in range(50):
+                wild = np.append(np.sign(rng.uniform(-1, 1, 3)), 0) if step % 10 < 5 else np.array([1, 1, 1, 0])
+                assert not env.step(wild * (-1) ** (step // 10)).by_human
+                farthest = max(farthest, np.abs(hand.leader.angle - servos_of(rig.arm).angle)[:5].max())
+        assert farthest > 0.4  # it had lagged by more than a push
 
 
 @pytest.fixture

@@ -1,23 +1,36 @@
 """The person's side: a leader arm to drive with and keys to judge with, together one HumanInput a tick.
 
-Two states. While the policy drives, the leader is stiff and follows the follower; while the person
-drives, the leader is limp and its motion becomes the action. At takeover only the leader's offset to
-the target is set anew, so neither takeover nor hand-back makes anything jump.
+While the policy drives, the leader is stiff and follows the follower; while the person drives, for a whole
+recording or to step in, it is limp and its motion becomes the action. The person steps in with a key, or by
+pushing the leader off its course. At takeover only the leader's offset to the target is set anew, so neither
+takeover nor hand-back makes anything jump. Handing back is the key's alone: a hand that holds still may be
+waiting for the gripper, and a leader that was let go sinks, so stillness would be read wrongly both ways.
 """
 
 import os
+import re
 import select
+import signal
 import sys
+import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from contextlib import suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from so101.errors import UserError
+from so101.config import option, require_within
+from so101.errors import EpisodeAborted, UserError
 from so101.robot.arm import Arm
 from so101.robot.kinematics import forward
+from so101.robot.sound import Cue, Sound, SoundConfig
+from so101.timing import Clock
 
-if os.name == "posix":
+if sys.platform == "win32":
+    import msvcrt
+else:
     import termios
     import tty
 
@@ -27,17 +40,49 @@ KEYS = {
     "i": "intervene",
     "e": "end",
     "r": "redo",
+    "p": "pause",
     "q": "quit",
 }
+KEY_HELP = (
+    "keys: s success, f failure, i take over / hand back, e end episode, r drop the episode (or, while the arm "
+    "resets, the one before) and do it again, p pause after this episode / go on, q quit"
+)
+HELD_DOWN_S = 0.7  # a key that comes again sooner was not let go; terminals repeat after 0.25 .. 0.66 s
+ESCAPE = re.compile(r"\x1b(?:[\[O][0-9;]*[A-Za-z~])?")  # F2 sends ESC O Q: no reason to quit
+PAUSE_LOOK_S = 0.05  # between two looks for a key while paused
+DROPS_IN_A_ROW = 3  # episodes; then it is no accident any more
 # What the program tells the person, and the simulated person acts on.
-PLACE_CUBE = "resetting: place the cube"
-DEMONSTRATE = "demonstrate the task"
-DEMONSTRATE_FAILURE = "demonstrate a failure"
-TRAINING = "the policy drives: help where it needs help"
-EVALUATION = "the policy drives: hands off"
-SUCCESS, FAILURE, TIME_OUT = "success", "failure", "time out"
+DEMONSTRATE = Cue("task", "demonstrate the task")
+DEMONSTRATE_FAILURE = Cue("task", "demonstrate a failure")
+TRAINING = Cue("task", "the policy drives: help where it needs help")
+EVALUATION = Cue("task", "the policy drives: hands off")
+PLACE_CUBE = Cue("reset", "resetting: place the cube", (440, 440))
+RECORDING = Cue("start", "recording episode {}", (440, 660))
+POLICY_STARTS = Cue("start", "the policy starts", (440, 660))
+SUCCESS = Cue("success", "success", (523, 659, 784))
+FAILURE = Cue("failure", "failure", (330, 220))
+TIME_OUT = Cue("time_out", "time out", (330, 330))
+YOU_DRIVE = Cue("takeover", "you drive", (660, 880))
+POLICY_DRIVES = Cue("takeover", "the policy drives", (880, 660))
+PAUSED = Cue("pause", "paused after this episode: press p to go on", (440, 330, 440))
+GOES_ON = Cue("pause", "goes on", (440, 550))
+DROPPED = Cue("dropped", "episode dropped: {}", (330, 262))
+STOPPED = Cue("fault", "the arm was stopped", (880, 220, 880, 220))
 
-KEY_HELP = "keys: s success, f failure, i take over / hand back, e end episode, r redo episode, q quit"
+
+@dataclass
+class TeleopConfig:
+    """How a person steps in, and what he hears."""
+
+    takeover: Literal["key", "motion", "both"] = option(
+        "both", "how a person takes over from the policy: the i key, pushing the leader, or both; i hands back"
+    )
+    push: float = option(0.25, "rad by which a joint of the following leader must be held off its course to take over")
+    push_ticks: int = option(3, "ticks in a row for which it must be held off")
+    sounds: SoundConfig = option(SoundConfig(), "which cues are heard; all are printed")
+
+    def __post_init__(self) -> None:
+        require_within(self, push=(0.05, 3), push_ticks=(1, 1000))
 
 
 class HumanInput(NamedTuple):
@@ -53,7 +98,7 @@ class KeySource(Protocol):
     def poll(self) -> list[str]:
         """Events (KEYS' values) since the last call; never waits."""
 
-    def hear(self, cue: str) -> None:
+    def hear(self, cue: Cue) -> None:
         """Take in one of the cues above."""
 
     def close(self) -> None:
@@ -63,59 +108,118 @@ class KeySource(Protocol):
 class TerminalKeys:
     """Keys typed in the controlling terminal, one at a time without Enter; works over SSH.
 
-    Without a terminal (a pipe, a service) no key is ever pressed.
+    Without a terminal (a pipe, a service, a job in the background) no key is ever pressed. Ctrl-Z gives the
+    terminal to the shell and `fg` takes it back; the arm holds meanwhile. `sound` says the cues aloud.
     """
 
-    def __init__(self) -> None:
-        self._saved = None
-        if os.name == "posix" and sys.stdin.isatty():
+    def __init__(self, sound: Sound | None = None) -> None:
+        self.sound = sound
+        self._seen: dict[str, float] = {}  # when each event's key last came
+        self._saved: Any = None  # the terminal's own settings
+        self._terminal = sys.stdin.isatty() and _in_foreground()
+        if self._terminal:
+            print(KEY_HELP, flush=True)
+        if sys.platform != "win32" and self._terminal:
             self._saved = termios.tcgetattr(sys.stdin)
             tty.setcbreak(sys.stdin)
+            self._suspended_by = signal.signal(signal.SIGTSTP, self._suspend)
 
     def poll(self) -> list[str]:
-        """Events for the keys pressed since the last call; unknown keys are ignored."""
-        events = []
-        while self._saved is not None and select.select([sys.stdin], [], [], 0)[0]:
-            key = os.read(sys.stdin.fileno(), 1).decode(errors="replace").lower()
-            if not key:  # end of file: the terminal went away
-                break
-            if key in KEYS:
-                events.append(KEYS[key])
+        """Events for the keys pressed since the last call; unknown keys are ignored, and a key held down is one."""
+        now, events = time.monotonic(), []
+        for key in ESCAPE.sub("", self._typed()).lower():
+            event = KEYS.get(key, "")
+            if event and now - self._seen.get(event, -np.inf) > HELD_DOWN_S:
+                events.append(event)
+            self._seen[event] = now
         return events
 
-    def hear(self, cue: str) -> None:
-        """Print the cue for the person."""
-        print(cue, flush=True)
+    def hear(self, cue: Cue) -> None:
+        """Print the cue for the person, and say it."""
+        clear = "\r\x1b[K" if sys.stdout.isatty() else ""  # a progress bar may stand there
+        print(f"{clear}{cue.text}", flush=True)
+        if self.sound is not None:
+            self.sound.play(cue)
 
     def close(self) -> None:
-        """Restore the terminal's line mode."""
-        if self._saved is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._saved)
-            self._saved = None
+        """Restore the terminal's line mode, and let the last cue be said."""
+        if sys.platform != "win32" and self._saved is not None:
+            self._restore()
+            signal.signal(signal.SIGTSTP, self._suspended_by)
+        self._terminal, self._saved = False, None
+        if self.sound is not None:
+            self.sound.close()
+
+    def _typed(self) -> str:
+        """The characters typed since the last call."""
+        if not self._terminal:
+            return ""
+        if sys.platform == "win32":
+            typed = ""
+            while msvcrt.kbhit():
+                typed += msvcrt.getwch()
+            return typed
+        with suppress(OSError):  # the terminal went away
+            if _in_foreground() and select.select([sys.stdin], [], [], 0)[0]:
+                return os.read(sys.stdin.fileno(), 1024).decode(errors="replace")
+        return ""
+
+    if sys.platform != "win32":
+
+        def _restore(self) -> None:
+            # From the background, setting the terminal would stop this program; one that is gone needs nothing.
+            if _in_foreground():
+                with suppress(termios.error):
+                    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._saved)
+
+        def _suspend(self, number: int, frame: FrameType | None) -> None:
+            self._restore()
+            os.kill(os.getpid(), signal.SIGSTOP)  # returns when the shell lets it go on
+            if _in_foreground():
+                tty.setcbreak(sys.stdin)
+
+
+def _in_foreground() -> bool:
+    """Whether the terminal's keys are this program's to read, and not the shell's."""
+    if sys.platform == "win32":
+        return True
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:  # a terminal that no shell shares with others
+        return True
 
 
 class Leader:
     """A leader arm that is either limp in the person's hand or stiff and tracking the follower."""
 
     MAX_FOLLOW_STEP = 0.2  # rad (or opening) per tick: a leader left far away comes back without a jerk
+    CLOSING_IN = 0.02  # rad per tick; a free servo with 0.2 rad to go makes 0.06 in the shortest tick
 
     def __init__(self, arm: Arm) -> None:
         self.arm = arm
         self.following = False
+        self._before = np.zeros(6)
 
     def release(self) -> None:
         """Make the leader limp, for the person to move."""
         self.arm.set_torque(False)
         self.following = False
 
-    def follow(self, position: np.ndarray) -> None:
-        """Move stiffly towards the follower's position (6,), within the leader's own limits."""
+    def follow(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Move stiffly towards the follower's position (6,), within the leader's own limits.
+
+        Returns how far (5,) rad each joint of the arm is off its goal, and whether (5,) it fails to close in on
+        it: lag closes in by itself, what a hand holds does not.
+        """
         here = self.arm.read().position
         if not self.following:
             self.arm.set_torque(True)
-            self.following = True
-        step = np.clip(position - here, -self.MAX_FOLLOW_STEP, self.MAX_FOLLOW_STEP)
-        self.arm.command(np.clip(here + step, *self.arm.limits))
+            self.following, self._before = True, here
+        off = np.clip(position, *self.arm.limits) - here
+        stays = (here - self._before) * np.sign(off) < self.CLOSING_IN
+        self.arm.command(np.clip(here + np.clip(off, -self.MAX_FOLLOW_STEP, self.MAX_FOLLOW_STEP), *self.arm.limits))
+        self._before = here
+        return np.abs(off[:5]), stays[:5]
 
     def pose(self) -> tuple[np.ndarray, float]:
         """Tool position (3,) in m and opening 0..1 of the leader's own arm."""
@@ -126,30 +230,40 @@ class Leader:
 class Teleop:
     """Leader and keys as one source of HumanInput."""
 
-    def __init__(self, leader: Leader | None, keys: KeySource) -> None:
-        self.leader, self.keys = leader, keys
+    def __init__(self, leader: Leader | None, keys: KeySource, config: TeleopConfig | None = None) -> None:
+        self.leader, self.keys, self.config = leader, keys, config or TeleopConfig()
         self.driving = False
+        self.recording = False  # the person drives all the time: there is nobody to hand back to
+        self.paused = False
+        self._caught_up = False  # the leader has been where the follower is since the hand-back
+        self._ticks_held = np.zeros(5, int)  # by joint, for how long it has been kept from following
         self._offset = np.zeros(3)
         self._openings: tuple[list[float], list[float]] = ([0.0, 1.0], [0.0, 1.0])  # leader's -> follower's
 
     def take_over(self, target: np.ndarray, opening: float, gripper_reach: tuple[float, float]) -> None:
-        """The person drives from here: the leader's pose now means the present target and opening.
+        """The person drives the whole episode; the leader's pose now means the present target and opening.
 
         The leader's opening is mapped so that it means `opening` now and both ends of `gripper_reach` at its
         own ends: a constant offset would leave a closed hand with an open gripper.
         """
-        if self.leader is None:
-            return
-        self.leader.release()
-        tool, leader_opening = self.leader.pose()
-        self._offset = target - tool
-        shut, wide = gripper_reach
-        self._openings = ([0.0, min(max(leader_opening, 0.01), 0.99), 1.0], [shut, opening, wide])
-        self.driving = True
+        self.recording = True
+        self._drive(target, opening, gripper_reach)
 
     def hand_back(self) -> None:
         """The policy drives from here; `follow` makes the leader track again."""
-        self.driving = False
+        self.driving = self.recording = self._caught_up = False
+        self._ticks_held[:] = 0
+
+    def place_object(self, clock: Clock, seconds: float) -> frozenset[str]:
+        """Give the person `seconds` to place the object, longer while paused; the keys pressed in a reset."""
+        self.hear(PLACE_CUBE)
+        clock.sleep_until(clock.now() + seconds)
+        events = self._pressed()
+        while self.paused and "quit" not in events:
+            clock.sleep_until(clock.now() + PAUSE_LOOK_S)
+            events |= self._pressed()
+        self._ticks_held[:] = 0  # a hand that held the leader during the reset does not yet want to drive
+        return events
 
     def poll(
         self,
@@ -163,12 +277,15 @@ class Teleop:
         `to_action(displacement (3,) in m, opening change)` scales to action units; what exceeds one
         tick's reach stays as the distance that the next ticks close, so fast motion is not lost.
         """
-        events = frozenset(self.keys.poll())
-        if "intervene" in events:
-            if self.driving:
-                self.hand_back()
-            else:
-                self.take_over(target, opening, gripper_reach)
+        events = self._pressed()
+        keyed = "intervene" in events and not self.recording
+        pushed = self.config.takeover != "key" and self._ticks_held.max() >= self.config.push_ticks
+        if self.driving and keyed:
+            self.hand_back()
+            self.hear(POLICY_DRIVES)
+        elif not self.driving and self.leader and (pushed or (keyed and self.config.takeover != "motion")):
+            self._drive(target, opening, gripper_reach)
+            self.hear(YOU_DRIVE)
         if not self.driving or self.leader is None:
             return HumanInput(None, events)
         tool, leader_opening = self.leader.pose()
@@ -177,19 +294,53 @@ class Teleop:
         return HumanInput(to_action(displacement, wanted_opening - opening), events)
 
     def follow(self, position: np.ndarray) -> None:
-        """While the policy drives, make the leader track the follower's position (6,)."""
-        if self.leader is not None and not self.driving:
-            self.leader.follow(position)
+        """While the policy drives, make the leader track the follower's position (6,), and feel for a hand on it.
 
-    def hear(self, cue: str) -> None:
+        After a hand-back it feels nothing until the leader has caught up: the hand may not have let go yet.
+        """
+        if self.leader is None or self.driving:
+            return
+        off, stays = self.leader.follow(position)
+        self._caught_up = self._caught_up or bool(off.max() < self.config.push)
+        held = stays & (off > self.config.push) & self._caught_up
+        self._ticks_held = np.where(held, self._ticks_held + 1, 0)
+
+    def hear(self, cue: Cue) -> None:
         """Tell the person one of the cues."""
         self.keys.hear(cue)
 
+    def drop(self, error: EpisodeAborted, before: int) -> int:
+        """Tell why an episode was dropped, and count it with the ones `before` it; the third in a row is raised."""
+        self.hear(DROPPED.about(error))
+        if before + 1 == DROPS_IN_A_ROW:
+            raise error
+        return before + 1
+
     def close(self) -> None:
         """Leave the leader limp and the terminal as it was; what fails is told, and hides no earlier error."""
-        self.keys.close()
-        if self.leader is not None:
-            try:
+        try:
+            if self.leader is not None:
                 self.leader.release()
-            except UserError as error:
-                print(f"releasing the leader: {error}", file=sys.stderr)
+        except UserError as error:
+            print(f"releasing the leader: {error}", file=sys.stderr)
+        finally:
+            self.keys.close()
+
+    def _drive(self, target: np.ndarray, opening: float, gripper_reach: tuple[float, float]) -> None:
+        if self.leader is None:
+            return
+        self.leader.release()
+        tool, leader_opening = self.leader.pose()
+        self._offset = target - tool
+        shut, wide = gripper_reach
+        self._openings = ([0.0, min(max(leader_opening, 0.01), 0.99), 1.0], [shut, opening, wide])
+        self.driving = True
+        self._ticks_held[:] = 0
+
+    def _pressed(self) -> frozenset[str]:
+        """The keys since the last look; the pause key acts here, whatever the program is doing."""
+        events = frozenset(self.keys.poll())
+        if "pause" in events:
+            self.paused = not self.paused
+            self.hear(PAUSED if self.paused else GOES_ON)
+        return events
