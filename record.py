@@ -124,6 +124,8 @@ def main(config: Config) -> None:
             successes = sum(not (label.all_fail or label.skip) for label in labels.episodes.values())
             progress.update(writer.episodes - left_out, success=successes)
     print(f"{folder}: {writer.episodes} episodes; labels in {labels_path(folder)}")
+    if env.rate.overruns:
+        print(f"{env.rate.overruns} ticks came late; `python -m so101.tools.doctor` looks for the cause")
 
 
 def label_the_last(folder: Path, labels: Labels) -> None:
@@ -140,13 +142,17 @@ def label_the_last(folder: Path, labels: Labels) -> None:
 
 
 def judge_the_last(pressed: frozenset[str], folder: Path, labels: Labels, last: int) -> bool:
-    """Keys pressed while the arm resets speak of the episode before: it failed, or is left out (then True)."""
+    """Keys pressed while the arm resets speak of the episode before: how it ended, or that it is left out (True)."""
     if "failure" in pressed:
         labels.set(last, EpisodeLabel(all_fail=True))
+    label = labels.episodes.get(last)
+    if "success" in pressed and (label is None or label.success_start is None):  # its last frame shows it
+        length = open_dataset(folder).episodes[last].length
+        labels.set(last, EpisodeLabel(success_start=length - 1))
     if "redo" in pressed:
         labels.set(last, replace(labels.episodes.get(last, EpisodeLabel(skip=True)), skip=True))
         print(f"episode {last} is left out: labelled skip in {labels_path(folder)}")
-    if pressed & {"failure", "redo"}:
+    if pressed & {"success", "failure", "redo"}:
         labels.save(labels_path(folder))
     return "redo" in pressed
 
@@ -181,8 +187,10 @@ def record_episode(
         observation = step.observation
         if ended or step.terminated or step.truncated:
             break
-    if np.ptp(actions, axis=0).max() < LEAST_MOTION:
-        raise EpisodeAborted(f"its {steps} actions never vary; move the leader, and check that its servos answer")
+    if np.ptp(actions, axis=0)[:3].max() < LEAST_MOTION:
+        raise EpisodeAborted(
+            f"its {steps} actions never move the tool; move the leader, and check that its servos answer"
+        )
     if "failure" in step.events:
         success_from = None  # the last word
     # The reward of a row is the success of the observation that follows it.

@@ -36,7 +36,7 @@ from so101.data.dataset import DatasetWriter, open_dataset
 from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
 from so101.env import Env, EnvConfig, Observation, Step
 from so101.episodes import Trajectory, first_success, observed_success, trajectory
-from so101.errors import ConfigError, DataError, EpisodeAborted
+from so101.errors import ConfigError, DataError, EpisodeAborted, UserError
 from so101.learn.checkpoint import load_checkpoint, save_checkpoint
 from so101.learn.eyes import Eyes
 from so101.learn.link import Corrected, Discarded, Link, Moved, Started, Weights
@@ -120,7 +120,9 @@ def main(config: Config) -> None:
             next(learner)
         run.save_checkpoint()
     run_report(folder)
-    if config.evaluation_episodes:
+    if run.steps < config.steps:
+        print(f"ended by the person at step {run.steps}; resume=true goes on")
+    elif config.evaluation_episodes:
         infer.main(infer.Config(run=config.output, episodes=config.evaluation_episodes, seed=config.seed + 10_000))
     run_report(folder)
     print(f"{time.monotonic() - started:.0f} s in all; report: {folder / 'report.html'}")
@@ -189,6 +191,7 @@ def run_learner(config: Config, run: "Run") -> Iterator[None]:
     sac, replay = run.sac, run.replay
     slot = last = first = -1  # of the newest observation, the newest transition, the episode's first observation
     moved = 0  # transitions of this episode
+    acting = False  # whether an episode is going on
     while True:
         for message in run.link.receive():
             if isinstance(message, Corrected):
@@ -197,18 +200,20 @@ def run_learner(config: Config, run: "Run") -> Iterator[None]:
             if isinstance(message, Discarded):
                 replay.discard(first)
                 run.steps -= moved
+                acting = False
                 continue
             now = replay.add_observation(*message.seen)
             if isinstance(message, Moved):
                 replay.add_transition(
                     slot, now, message.action, message.reward, message.terminated, message.truncated, message.by_human
                 )
-                last, moved = slot, moved + 1
+                last, moved, acting = slot, moved + 1, not (message.terminated or message.truncated)
                 run.steps += 1
             else:
-                first, moved = now, 0
+                first, moved, acting = now, 0, True
             slot = now
-        if run.steps >= config.learning_starts:
+        # A real arm's next tick does not wait for updates: they are made up for when the episode is over.
+        if run.steps >= config.learning_starts and (config.rig.simulated or not acting):
             while run.updates + 1 <= run.steps * config.sac.utd_ratio:  # what was missed is made up
                 run.updates += 1
                 batch = replay.sample(config.sac.batch_size).to(config.device)
@@ -438,6 +443,8 @@ def make_missing(config: Config) -> None:
         )  # fmt: skip
         print(f"no demonstrations in {demonstrations}: recording {wanted.episodes} episodes first (record.py)")
         record.main(wanted)
+    if record.unfinished(demonstrations):  # nobody who ended the recording wants the arm to move on
+        raise UserError(f"{demonstrations}: the recording was ended before its last episode; start again to go on")
     if not reward_model.exists():
         print(f"no reward classifier in {reward_model}: training it first (train_reward.py)")
         train_reward.main(

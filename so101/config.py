@@ -12,7 +12,6 @@ import difflib
 import json
 import math
 import os
-import signal
 import sys
 import textwrap
 import types
@@ -22,6 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from so101.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, UserError
 from so101.files import write_atomic
+from so101.signals import take_signals
 
 T = TypeVar("T")
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -343,12 +343,7 @@ def launch(cls: type[T], main: Callable[[T], int | None], description: str) -> N
     rest. A UserError ends as one sentence on stderr; any other exception is a bug and keeps its traceback.
     """
 
-    def stop(number: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    if os.name == "posix" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-        signal.signal(signal.SIGHUP, stop)
+    take_signals()
     code: int | None
     try:
         code = main(parse(cls, sys.argv[1:], description))

@@ -4,6 +4,9 @@ A message says where, what was found, what is allowed and what to do next, in on
 Anything else that escapes a script is a bug and keeps its traceback.
 """
 
+import sys
+from contextlib import suppress
+
 EXIT_DONE, EXIT_INTERRUPTED = 0, 130
 
 
@@ -42,3 +45,9 @@ class SafetyStop(UserError):
     """The arm was stopped because going on could have hurt it or somebody."""
 
     exit_code = 5
+
+
+def tell(message: str) -> None:
+    """Print a warning on stderr. Never raises: a reader that has gone must not stop what keeps an arm safe."""
+    with suppress(OSError, ValueError):  # a broken pipe or a terminal that is lost; a stream that is closed
+        print(message, file=sys.stderr, flush=True)

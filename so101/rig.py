@@ -1,9 +1,8 @@
 """One arm, its leader, cameras and person, real or simulated. The only file that knows which."""
 
 import functools
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,16 @@ import numpy as np
 from so101.config import option, require_within
 from so101.env import Camera as AnyCamera
 from so101.env import Detector, Env, EnvConfig, Observation
-from so101.errors import ConfigError, HardwareError, SafetyStop
+from so101.errors import ConfigError, HardwareError, SafetyStop, tell
 from so101.robot import safety
-from so101.robot.arm import Arm
+from so101.robot.arm import POSE_TOLERANCE, Arm
 from so101.robot.bus import ServoBus
-from so101.robot.calibration import load_calibration
+from so101.robot.calibration import load_calibration, unlike_ranges
 from so101.robot.camera import Camera, CameraConfig, require_lasting_names
 from so101.robot.kinematics import jaw_angle
 from so101.robot.ports import open_port
 from so101.robot.probe import swapped
-from so101.robot.safety import SafetyConfig
+from so101.robot.safety import SafetyConfig, Watchdog
 from so101.robot.sound import Sound
 from so101.robot.teleop import STOPPED, Leader, Teleop, TeleopConfig, TerminalKeys
 from so101.schema import JOINTS, Preprocess, RewardSpec, describe
@@ -167,16 +166,28 @@ def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
         if rig.teleop.leader is not None:
             if said := swapped(rig.arm, rig.teleop.leader.arm):
                 raise HardwareError(said)
-            rig.teleop.leader.arm.connect()
+            if said := unlike_ranges(rig.arm.calibration, rig.teleop.leader.arm.calibration):
+                tell(f"leader and follower were not swept alike, so one does not mirror the other: {said}")
+            safety.connect(rig.teleop.leader.arm, "leader")
             rig.teleop.leader.arm.configure()
+        rest = np.array(config.follower.rest)
+        require_reachable("rig.follower.rest", rest, rig.arm)
+        stack.callback(safety.safe_close, rig.arm, rig.clock, rest, rig.teleop.come_along)
         safety.safe_start(rig.arm)
-        stack.callback(safety.safe_close, rig.arm, rig.clock, np.array(config.follower.rest))
         stack.callback(_report_faults, rig)
         try:
             yield rig
         except (HardwareError, SafetyStop):
-            rig.teleop.hear(STOPPED)
+            with suppress(OSError):  # nobody hears it; the error itself is what counts
+                rig.teleop.hear(STOPPED)
             raise
+
+
+def require_reachable(what: str, pose: np.ndarray, arm: Arm) -> None:
+    """ConfigError, naming the joint, where a pose (6,) is outside the arm's calibrated range."""
+    for name, value, low, high in zip(JOINTS, pose, *arm.limits, strict=True):
+        if not low - POSE_TOLERANCE <= value <= high + POSE_TOLERANCE:
+            raise ConfigError(f"{what}: {name} is {value:.3f}, calibrated for {low:.3f} .. {high:.3f}")
 
 
 def _report_faults(rig: Rig) -> None:
@@ -184,16 +195,16 @@ def _report_faults(rig: Rig) -> None:
     arms = {"follower": rig.arm} | ({"leader": rig.teleop.leader.arm} if rig.teleop.leader is not None else {})
     for name, arm in arms.items():
         if said := arm.bus.report():
-            print(f"{name}: {said}", file=sys.stderr)
+            tell(f"{name}: {said}")
     for camera in rig.cameras.values():
         if isinstance(camera, Camera) and (said := camera.report()):
-            print(said, file=sys.stderr)
+            tell(said)
 
 
 def _real(config: RigConfig, stack: ExitStack) -> Rig:
     require_lasting_names(config.cameras)
     clock = Clock()
-    leader = None if config.leader is None else Leader(open_arm("leader", config.leader, stack))
+    leader = None if config.leader is None else _hand(open_arm("leader", config.leader, stack), config, clock)
     arm = open_arm("follower", config.follower, stack)
     cameras = {}
     for name, camera in config.cameras.items():
@@ -236,9 +247,13 @@ def _simulated(config: RigConfig, seed: int) -> Rig:
 
     cameras = {name: SimCamera(config.sim_camera, scene, clock, camera_rng) for name in config.cameras}
     operator = Operator(config.operator, world, follower, leader, person_rng)
-    hand = None if config.leader is None else Leader(_sim_arm(leader, clock))
+    hand = None if config.leader is None else _hand(_sim_arm(leader, clock), config, clock)
     teleop = Teleop(hand, operator, config.teleop)
     return Rig(clock, _sim_arm(follower, clock), cameras, teleop, WorldVerdict(world), config.safety)
+
+
+def _hand(arm: Arm, config: RigConfig, clock: Clock) -> Leader:
+    return Leader(arm, Watchdog(config.safety, clock, "leader ", stalls=False))
 
 
 def _sim_arm(servos: SimServos, clock: SimClock) -> Arm:

@@ -1,6 +1,8 @@
 """Settings and fixtures that hold for all tests."""
 
+import math
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from so101 import signals
 from so101.sim.script import Event, play
 from so101.sim.servos import SimPort, SimServos
 from so101.timing import Clock
@@ -17,6 +20,17 @@ from so101.tools.serve_sim import Terminal, serve
 
 # Two OpenMP threads that wait for each other on a busy machine are slower than one: 98 s against 22 s measured.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def signals_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Signals come as in a program that `launch` started, and none of an earlier test is in the air."""
+    handlers = {number: signal.getsignal(number) for number in signals.ENDING}
+    monkeypatch.setattr(signals, "_came_at", -math.inf)
+    signals.take_signals()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class LiveArm:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from so101.env import EnvConfig
-from so101.errors import ConfigError, SafetyStop
+from so101.errors import ConfigError, EpisodeAborted, SafetyStop
 from so101.rig import RigConfig, open_rig
 from so101.robot import safety
 from so101.robot.kinematics import forward
@@ -79,6 +79,24 @@ def test_a_zero_action_holds_its_height_for_a_minute():
         for _ in range(600):
             observation = env.step(STILL).observation
         assert np.abs(observation.state[TOOL_XYZ] - start).max() < 1e-3
+
+
+def test_a_key_pressed_in_a_reset_that_fails_is_found_in_the_next():
+    class LostOnce(BlankCamera):
+        lost = False
+
+        def wait_ready(self):
+            if not self.lost:
+                self.lost = True
+                raise EpisodeAborted("camera wrist: no picture")
+
+    with an_env() as (env, rig):
+        env.cameras["wrist"] = LostOnce()
+        take_the_keys(rig).keys = ["quit"]
+        with pytest.raises(EpisodeAborted):
+            env.reset()
+        assert env.reset()[1] == {"quit"}
+        assert env.step(STILL).events == frozenset()
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import record
+import train_sac
 from so101.data.dataset import open_dataset
 from so101.data.labels import Labels, labels_path
-from so101.errors import EpisodeAborted
+from so101.errors import EpisodeAborted, UserError
 from so101.rig import open_rig
 from so101.robot import teleop
 
@@ -111,6 +112,21 @@ def test_a_finished_episode_is_left_out_with_a_key_in_the_reset_and_recorded_aga
     assert len(open_dataset(folder).episodes) == 4
 
 
+def test_a_success_told_late_counts_from_the_last_frame(recording):
+    folder = recording({(1, 7): "end", (2, 1): "success"}, episodes=2)
+    first = open_dataset(folder).episodes[0]
+    assert first.length < 15 and not first.columns()["next.reward"].any()
+    assert labels_of(folder)[0].success_start == first.length - 1
+
+
+def test_who_ends_a_recording_that_a_training_asked_for_ends_the_training(recording, monkeypatch):
+    """The policy's random first actions would move the arm next."""
+    folder = recording({(2, 1): "quit"}, episodes=3)
+    monkeypatch.setattr(record, "main", lambda config: None)  # ended again, at once
+    with pytest.raises(UserError, match="the recording was ended before its last episode; start again"):
+        train_sac.make_missing(train_sac.Config(demonstrations=str(folder)))
+
+
 def test_an_impatient_second_press_does_not_reach_back_to_a_good_episode(recording):
     folder = recording({(2, 6): "redo", (3, 1): "redo"}, episodes=2)
     assert not any(label.skip for label in labels_of(folder).values())
@@ -138,7 +154,7 @@ def test_a_camera_lost_for_good_ends_it_after_three_takes_with_what_was_finished
 
 def test_a_take_in_which_nobody_moves_the_leader_is_refused(recording, tmp_path):
     """Row 9: all actions of all demonstrations were zero, and nothing said so."""
-    with pytest.raises(EpisodeAborted, match="its 12 actions never vary; move the leader, and check that"):
+    with pytest.raises(EpisodeAborted, match="its 12 actions never move the tool; move the leader, and check that"):
         recording(moves=False, episodes=2)
     assert recording.person.take == 3 and not open_dataset(tmp_path / "demos").episodes
 

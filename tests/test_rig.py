@@ -3,16 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from conftest import LiveArm
 
 from so101 import config as configs
-from so101.errors import ConfigError
+from so101.env import EnvConfig
+from so101.errors import ConfigError, HardwareError
 from so101.rig import ArmConfig, RigConfig, open_rig
+from so101.robot.calibration import save_calibration
 from so101.robot.camera import CameraConfig
+from so101.robot.teleop import EVALUATION
+from so101.schema import Preprocess, RewardSpec
+from so101.sim.servos import SIM_CALIBRATION, SimServos
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,11 +48,49 @@ def test_two_cameras_see_the_same_world(tmp_path):
         assert [camera.latest()[0].shape for camera in rig.cameras.values()] == [(480, 640, 3)] * 2
 
 
+def test_a_stiff_leader_comes_to_rest_with_the_follower():
+    """It would fall from where it is when it is let go at last."""
+    with open_rig(RigConfig(), 0) as rig:
+        rig.teleop.hear(EVALUATION)
+        rig.make_env(EnvConfig(), Preprocess(), RewardSpec(), 0).reset()
+        leader = rig.teleop.leader.arm.bus.port.servos
+        assert leader.torque_on.all() and np.abs(leader.angle[:5] - ArmConfig().rest[:5]).max() > 1
+    assert not leader.torque_on.any()
+    assert np.abs(leader.angle[:5] - ArmConfig().rest[:5]).max() < 0.2
+
+
+def test_a_rest_pose_that_the_arm_cannot_reach_is_refused_before_anything_moves():
+    config = RigConfig(follower=ArmConfig(rest=[0, -2.5, 1.66, 0.73, 1.571, 0.05]))
+    with (
+        pytest.raises(ConfigError, match="rig.follower.rest: shoulder_lift is -2.500, calib"),
+        open_rig(config, 0),
+    ):
+        pytest.fail("started")
+
+
+def test_swapped_arms_stop_the_start(tmp_path, video):
+    """Field record 1, 2: each port leads to the other's servos, and the follower would follow nothing."""
+    live_arms = {}
+    for name, offset in (("follower", 0), ("leader", 40)):
+        live_arms[name] = LiveArm(SimServos(), tmp_path / name)
+        joints = dict(SIM_CALIBRATION.joints)
+        joints["elbow_flex"] = replace(joints["elbow_flex"], homing_offset=joints["elbow_flex"].homing_offset + offset)
+        save_calibration(tmp_path / f"{name}.json", replace(SIM_CALIBRATION, joints=joints))
+        live_arms[name].servos.store(2, "Homing_Offset", joints["elbow_flex"].homing_offset)
+    rig = {
+        name: ArmConfig(live_arms[other].path, str(tmp_path / f"{name}.json"))
+        for name, other in (("follower", "leader"), ("leader", "follower"))
+    }
+    config = RigConfig(**rig, cameras={"wrist": CameraConfig(source=video, width=64, height=48)})
+    with pytest.raises(HardwareError, match="leader and follower seem swapped"), open_rig(config, 0):
+        pytest.fail("started")
+    for arm in live_arms.values():
+        arm.close()
+        assert not arm.servos.torque_on.any()
+
+
 def test_the_real_path_drives_a_served_arm_over_a_pseudo_terminal(tmp_path, video):
     """serial.Serial, calibration from a file, a real clock: what a real arm would run through."""
-    from so101.robot.calibration import save_calibration
-    from so101.sim.servos import SIM_CALIBRATION
-
     save_calibration(tmp_path / "arm.json", SIM_CALIBRATION)
     command = [sys.executable, "-u", "-m", "so101.tools.serve_sim"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:

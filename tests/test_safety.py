@@ -1,7 +1,10 @@
 """Starting, watching and stopping: what the watchdog tolerates, and that every close ends at rest, or held and said."""
 
+import io
 import re
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from so101 import signals
 from so101.errors import ConfigError, SafetyStop
 from so101.robot import safety
 from so101.robot.arm import Arm, Reading
@@ -181,6 +185,88 @@ def interrupt_after(clock: SimClock, seconds: float, number: signal.Signals = si
     """One signal, when so much simulated time has passed."""
     due = clock.now() + seconds
     clock.on_substep.append(lambda dt: signal.raise_signal(number) if due <= clock.now() < due + 0.019 else None)
+
+
+class GoneReader(io.StringIO):
+    """What stderr is once the other end of its pipe, or the terminal, is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_nobody_there_to_read_what_is_said_leaves_the_arm_as_safe(
+    blocked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`record.py 2>&1 | tee log`, and one Ctrl-C for both: an outage on the way to rest is told to nobody."""
+    arm, servos, clock = make()
+    with pytest.raises(ValueError, match="the first error"), running(arm, clock):
+        monkeypatch.setattr(sys, "stderr", GoneReader())
+        servos.block([1] if blocked else [])
+        arm.bus.reopen = arm.bus.port.open
+        clock.on_substep.append(lambda dt: servos.present.__setitem__(3, not 1.0 < clock.now() < 1.5))
+        raise ValueError("the first error")
+    if blocked:
+        assert servos.torque_on.all()
+        assert arm.bus.sync_read("Torque_Limit", range(1, 7)) == {**dict.fromkeys(range(1, 7), 500), 6: 200}
+    else:
+        assert not servos.torque_on.any() and np.abs(servos.angle[:5] - REST[:5]).max() < safety.AT_REST
+
+
+def test_a_bug_on_the_way_to_rest_leaves_the_arm_held(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arm, servos, clock = make()
+    with running(arm, clock):
+        monkeypatch.setattr(safety, "solve_ik", lambda *arguments, **options: 1 / 0)
+    assert "ZeroDivisionError: division by zero. It holds with reduced torque" in capsys.readouterr().err
+    assert arm.bus.sync_read("Torque_Limit", range(1, 7)) == {**dict.fromkeys(range(1, 7), 500), 6: 200}
+
+
+def test_it_is_only_said_to_hold_with_reduced_torque_where_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """The gripper holds its cube already, and nothing else can be told to."""
+    arm, servos, clock = make()
+    with running(arm, clock):
+        arm.hold(["gripper"])
+        arm.bus.port.unplug()
+    said = capsys.readouterr().err
+    assert "It may still hold: support it, and cut its power" in said and "reduced torque" not in said
+
+
+def test_of_two_signals_at_once_the_second_does_not_cut_the_way_out_short() -> None:
+    """Ctrl-C reaches a whole pipeline, and its parent passes it on."""
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)  # raises nothing
+    time.sleep(signals.BOUNCE)
+    with signals.signals_held() as came:
+        with signals.signals_held():
+            signal.raise_signal(signal.SIGHUP)
+        assert came == [signal.SIGHUP]
+        came.clear()
+    with pytest.raises(KeyboardInterrupt), signals.signals_held():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_servo_that_lost_its_power_while_nobody_looked_is_found_out() -> None:
+    """It is back before the next look, so that no reply was lost: limp, without a load, and far from its goal."""
+    arm, servos, clock = make()
+    with pytest.raises(SafetyStop, match="shoulder_lift: limp though it was switched on"), running(arm, clock):
+        watchdog = Watchdog(SafetyConfig(), clock)
+        watchdog.guard(arm)
+        servos.store(1, "Torque_Enable", 0)
+        clock.sleep_until(clock.now() + 2.0)
+        watchdog.guard(arm)
+
+
+def test_the_leader_s_heat_counts_but_not_the_hand_that_holds_it(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = SimClock()
+    watchdog = Watchdog(SafetyConfig(), clock, "leader ", stalls=False)
+    for _ in range(50):
+        clock.sleep_until(clock.now() + 0.1)
+        assert watchdog.check(but("shoulder_lift", load=0.9), POSE + 1) == []
+    with pytest.raises(SafetyStop, match="leader elbow_flex: servo at 66 deg C"):
+        watchdog.check(but("elbow_flex", temperature=66), POSE)
 
 
 def test_torque_goes_off_joint_by_joint_and_only_at_rest() -> None:
@@ -379,5 +465,7 @@ def test_goto_goes_there_and_says_where_it_is(
 def test_goto_refuses_a_pose_that_the_arm_has_not() -> None:
     with pytest.raises(ConfigError, match=r"pose: gripper is 1\.500, calibrated for 0\.000 \.\. 1\.000"):
         goto.main(goto.Config(pose=[0, 0, 0, 0, 0, 1.5]))
+    with pytest.raises(ConfigError, match=r"pose: the fingertips would come to -0\.\d+ m on the way there, the table"):
+        goto.main(goto.Config(pose=[0, 0.9, 0, 0.5, 1.57, 0.5]))
     with pytest.raises(ConfigError, match="pose: got 2 values, needs one for each of shoulder_pan,"):
         goto.Config(pose=[0, 1])

@@ -71,7 +71,6 @@ def script(*arguments, cwd=ROOT, **kwargs):
 @pytest.fixture
 def launched(tmp_path, monkeypatch, capsys):
     """Runs a script's launch in this process, in an empty folder; a process of its own takes 1.7 s to import torch."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def launched(name, *arguments):
         module = importlib.import_module(name)
@@ -82,9 +81,7 @@ def launched(tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, left.value.code or 0, printed.out, printed.err)
 
-    yield launched
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return launched
 
 
 def test_record_keeps_its_promises(made):

@@ -155,7 +155,9 @@ def test_paused_the_next_reset_waits_until_the_key_is_pressed_again(typed, capsy
     clock.on_substep.append(lambda dt: typed(keys[clock.now()]) if clock.now() in keys else None)
     person = teleop.Teleop(None, TerminalKeys())
     person.paused = 1.0 not in keys  # since the episode before, or from now on
-    events = person.place_object(clock, 2.0)
+    looks: list[float] = []
+    events = person.place_object(clock, 2.0, lambda: looks.append(clock.now()))
+    assert np.allclose(np.diff([0.0, *looks]), 0.1)  # somebody watches the follower all the while
     assert clock.now() == pytest.approx(ends, abs=0.1)
     assert events == {teleop.KEYS[key.decode()] for key in keys.values()}
     said = capsys.readouterr().out

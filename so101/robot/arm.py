@@ -4,18 +4,17 @@ Refuses, by joint name, whatever does not fit: another arm's calibration, a pose
 calibrated ranges.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from so101.errors import HardwareError, SafetyStop
+from so101.errors import HardwareError, SafetyStop, tell
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.calibration import Calibration
 from so101.robot.feetech import MODEL_STS3215, TICKS_PER_TURN
-from so101.robot.signals import signals_held
 from so101.schema import JOINTS
+from so101.signals import signals_held
 
 COMMAND_TOLERANCE = 1e-4  # rad or opening; under a tenth of a tick, above what float32 loses
 POSE_TOLERANCE = 0.05  # rad or opening; a joint resting on its stop reads a little beyond its range
@@ -115,27 +114,23 @@ class Arm:
                 f"{', '.join(loaded)}: holding, and would fall while their settings are written; support the arm, "
                 f"run `python -m so101.tools.release`, and start again"
             )
-        for name, register, value in changes:
-            self.bus.write_eprom(self._id(name), register, value)
-        for servo_id in self._ids:
+        with signals_held():
+            for name, register, value in changes:
+                self.bus.write_eprom(self._id(name), register, value)
             for register, value in VOLATILE.items():
-                self.bus.write(servo_id, register, value)
+                for servo_id, stored in self.bus.sync_read(register, self._ids).items():
+                    if stored != value:
+                        self.bus.write(servo_id, register, value)
 
     def read(self) -> Reading:
         """Everything the servos measure, in one transaction.
 
-        After an outage of the line also looks whether the driven joints still have their torque: a servo that
-        lost its power comes back limp (SafetyStop).
+        After an outage of the line also `require_torque`.
         """
         servos = self.bus.sync_read_span("Present_Position", "Present_Current", self._ids)
         if self._outages != self.bus.outages:
             self._outages = self.bus.outages
-            limp = [name for name in JOINTS if name in self.driven - set(self.holding())]
-            if limp:
-                raise SafetyStop(
-                    f"{', '.join(limp)}: without torque after the line was interrupted, so the servo lost its power; "
-                    f"support the arm, and look for a loose cable or a weak supply"
-                )
+            self.require_torque()
 
         def column(register: str) -> np.ndarray:
             return np.array([servos[servo_id][register] for servo_id in self._ids])
@@ -149,6 +144,15 @@ class Arm:
             status=column("Status"),
             current=column("Present_Current") * 0.0065,
         )
+
+    def require_torque(self) -> None:
+        """SafetyStop, naming them, where driven joints are limp: a servo that lost its power comes back so."""
+        limp = [name for name in JOINTS if name in self.driven - set(self.holding())]
+        if limp:
+            raise SafetyStop(
+                f"{', '.join(limp)}: limp though it was switched on, so the servo lost its power for a moment; "
+                f"support the arm, and look for a loose cable or a weak supply"
+            )
 
     def command(self, position: np.ndarray) -> None:
         """Send goals (6,) in one write. SafetyStop for one that is not finite or outside the limits.
@@ -264,14 +268,13 @@ class Arm:
             name, model = self.bus.names.get(servo_id, str(servo_id)), has["Model_Number"]
             versions[name] = f"{has['Firmware_Major_Version']}.{has['Firmware_Minor_Version']}"
             if model != MODEL_STS3215:
-                print(
+                tell(
                     f"{name}: model {model}, an STS3215 is {MODEL_STS3215}; going on, but its settings may mean "
-                    f"something else",
-                    file=sys.stderr,
+                    f"something else"
                 )
         if len(set(versions.values())) > 1:
             said = ", ".join(f"{name} {version}" for name, version in versions.items())
-            print(f"the servos' firmware differs: {said}; going on, but update them if replies fail", file=sys.stderr)
+            tell(f"the servos' firmware differs: {said}; going on, but update them if replies fail")
 
     def _require_supply(self, found: dict[int, dict[str, int]]) -> None:
         for servo_id, tenths in self.bus.sync_read("Present_Voltage", self._ids).items():

@@ -8,13 +8,12 @@ port is opened again and the transaction goes on, for as long as `patience` last
 
 import difflib
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, Protocol
 
-from so101.errors import HardwareError
+from so101.errors import HardwareError, tell
 from so101.robot import feetech
 from so101.robot.feetech import PACKET_OVERHEAD, REGISTERS
 from so101.timing import Clock
@@ -111,7 +110,7 @@ class ServoBus:
     def ping(self, servo_id: int) -> int:
         """The model number (777 for an STS3215) of a servo that answers; ServoError when it does not."""
         request = feetech.instruction_packet(self._checked_id(servo_id), feetech.PING)
-        with self._impatient():
+        with self.impatient():
             try:
                 self._transact(request, [servo_id], 0, "PING")
                 return self.read(servo_id, "Model_Number")
@@ -182,7 +181,7 @@ class ServoBus:
         if not self._checked_register(register, writing=True).eprom:
             raise ServoError(f"{register}: not an EPROM register; use write")
         data = self._encode(servo_id, register, value)
-        with self._impatient():
+        with self.impatient():
             if self.read(servo_id, register) == value:
                 return False
             self.write(servo_id, "Torque_Enable", 0)
@@ -201,7 +200,7 @@ class ServoBus:
                         f"{self._name(servo_id)}: {register} reads {stored} after {value} was written; "
                         f"switch its power off and on, and try again"
                     )
-            except ServoError:
+            except BaseException:  # a Ctrl-C too: an unlocked servo takes any stray write for good
                 with suppress(ServoError):  # the first error is the one to tell
                     self.write(answers_as, "Lock", 1)
                 raise
@@ -250,7 +249,8 @@ class ServoBus:
         return self._transact(request, ids, size, f"SYNC READ {what}")
 
     @contextmanager
-    def _impatient(self) -> Iterator[None]:
+    def impatient(self) -> Iterator[None]:
+        """Inside the block a servo that does not answer is an error at once, not an outage to wait for."""
         self._patient = False
         try:
             yield
@@ -286,7 +286,7 @@ class ServoBus:
         patience = 0.0 if self._given_up else self.patience
         if patience:
             self.outages += 1
-            print(f"{outage}; trying again for {patience:g} s", file=sys.stderr)
+            tell(f"{outage}; trying again for {patience:g} s")
         while True:
             self._pause(min(pause, began + patience - self.clock.now()))
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -304,7 +304,7 @@ class ServoBus:
                 raise ServoError(f"{outage}; given up after {patience:g} s" if patience else str(outage)) from None
         lasted = self.clock.now() - began
         self._outage_s += lasted
-        print(f"{what}: answered again after {lasted:.1f} s", file=sys.stderr)
+        tell(f"{what}: answered again after {lasted:.1f} s")
         return replies
 
     def _open_again(self, reopen: Callable[[], Port], what: str) -> None:

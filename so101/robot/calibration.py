@@ -18,9 +18,10 @@ import numpy as np
 from so101.errors import ConfigError, DataError, HardwareError
 from so101.files import write_atomic
 from so101.robot.feetech import MAX_ID, TICKS_PER_TURN, allowed_range
-from so101.schema import JOINTS
+from so101.schema import ARM_JOINTS, JOINTS
 
 MAX_TICKS = TICKS_PER_TURN - 1
+RANGE_TOLERANCE = 0.05  # of a joint's range: both arms have the same stops
 SMALLEST_RANGE_TICKS = 200  # 18 degrees; the gripper's, the smallest real one, is about 1250
 SEAM_MARGIN_TICKS = 100  # 9 degrees; nearer to 0 or 4095, a joint pressed on its stop could read from the other end
 HELD_TICK = TICKS_PER_TURN // 2 - 1  # what LeRobot makes a joint read in the pose that was held
@@ -184,6 +185,26 @@ def _recentred(homing_offset: int, low: int, high: int) -> tuple[int, int]:
 
 
 _LEROBOT_KEYS = ("id", "drive_mode", "homing_offset", "range_min", "range_max")
+
+
+def unlike_ranges(calibration: Calibration, other: Calibration) -> str:
+    """The joints whose range is not the other arm's, in words: one was not swept to both stops. Empty: all alike.
+
+    Grippers are left out: the leader's is a trigger, and an opening is a fraction of its range.
+    """
+    unlike = []
+    for name in ARM_JOINTS:
+        here, there = ((each.joints[name].range_max - each.joints[name].range_min) for each in (calibration, other))
+        if abs(here - there) > RANGE_TOLERANCE * max(here, there):
+            unswept = " (LeRobot from 0.4.3 on writes 0 .. 4095 unswept)" if MAX_TICKS in (here, there) else ""
+            degrees = 360 / TICKS_PER_TURN
+            unlike.append(f"{name} {here * degrees:.0f} degrees here, {there * degrees:.0f} there{unswept}")
+    if not unlike:
+        return ""
+    return (
+        f"ranges differ by more than {RANGE_TOLERANCE:.0%}: {'; '.join(unlike)}. Sweep the arm with the smaller range "
+        f"again, from stop to stop"
+    )
 
 
 def load_calibration(path: Path, lerobot_zero: Zero = "middle_of_range") -> Calibration:

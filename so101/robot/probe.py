@@ -97,10 +97,7 @@ def hear(port: serial.Serial, baud: int) -> tuple[list[int], bool]:
     patience = port.timeout
     try:
         port.baudrate = baud
-    except ValueError:
-        return [], False  # a speed that this adapter does not have
-    try:
-        port.reset_input_buffer()
+        port.read(port.in_waiting)
         port.write(request)
         port.timeout = FIRST_REPLY_S
         received = port.read(1)
@@ -108,6 +105,8 @@ def hear(port: serial.Serial, baud: int) -> tuple[list[int], bool]:
         while len(received) < MOST_BYTES and (more := port.read(MOST_BYTES)):
             received += more
         port.timeout = patience
+    except ValueError:
+        return [], False  # a speed that this adapter does not have
     except OSError as error:
         raise HardwareError(f"{port.port}: the port failed ({error}); plug its USB cable in again") from error
     received = received.replace(request, b"", 1)  # an adapter on one data wire hears itself
@@ -203,7 +202,11 @@ def swapped(follower: Arm, leader: Arm) -> str | None:
     Told by what calibration wrote into the servos, and by the supply: a leader is never fed 12 V.
     """
     advice = "exchange the two ports in the config (python -m so101.tools.ports wiggle=true tells which is which)"
-    with suppress(ServoError):  # Arm.connect names every servo that is silent
+    with (
+        follower.bus.impatient(),
+        leader.bus.impatient(),
+        suppress(ServoError),
+    ):  # Arm.connect names every servo that is silent
         for arm, other, name in ((follower, leader, "follower"), (leader, follower, "leader")):
             if differing_joints(arm.bus, arm.calibration) and not differing_joints(arm.bus, other.calibration):
                 return f"leader and follower seem swapped: the {name}'s port leads to the other's servos; {advice}"

@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 
 from so101.config import option, require_within
-from so101.errors import SafetyStop, UserError
+from so101.errors import SafetyStop, UserError, tell
 from so101.robot.arm import Arm, Reading
 from so101.robot.feetech import status_names
 from so101.robot.kinematics import forward, solve_ik
-from so101.robot.signals import signals_held
 from so101.schema import JOINTS
+from so101.signals import signals_held
 from so101.timing import Clock
 
 LIFT_Z = 0.12  # m; above the cube and the clutter around it, within reach of every x in the workspace
@@ -54,14 +54,18 @@ class SafetyConfig:
 
     def __post_init__(self) -> None:
         require_within(self, stall_load=(0.05, 1), grip_load=(0.05, 1), peak_s=(0, 10), stall_s=(0, 10))
+        require_within(self, max_current=(0.1, 4), min_voltage=(3, 20), warn_temperature=(20, 80))
         require_within(self, max_voltage=(self.min_voltage, 20), max_temperature=(self.warn_temperature, 80))
 
 
 class Watchdog:
-    """Judges the reading of each tick. One peak is no fault: voltage, current and stalls must last."""
+    """Judges the reading of each tick. One peak is no fault: voltage, current and stalls must last.
 
-    def __init__(self, config: SafetyConfig, clock: Clock) -> None:
-        self.config, self.clock = config, clock
+    `who` begins its messages. Without `stalls` a joint may push as long as it likes: a hand may hold the leader.
+    """
+
+    def __init__(self, config: SafetyConfig, clock: Clock, who: str = "", stalls: bool = True) -> None:
+        self.config, self.clock, self.who, self.stalls = config, clock, who, stalls
         self._checked = -np.inf
         self._since: dict[str, np.ndarray] = {}  # by advice: (6,) s at which each joint's trouble began, inf for none
         self._stood = np.zeros(6)  # (6,) where each joint was when it last moved on
@@ -80,7 +84,9 @@ class Watchdog:
         if (faults := reading.status & ~VOLTAGE_BIT).any():
             joint = int(np.argmax(faults != 0))
             said = ", ".join(status_names(int(faults[joint])))
-            raise SafetyStop(f"{JOINTS[joint]}: servo reports {said}; support the arm and switch its power off and on")
+            raise SafetyStop(
+                f"{self.who}{JOINTS[joint]}: servo reports {said}; support the arm and switch its power off and on"
+            )
         heat, volts, current, load = reading.temperature, reading.voltage, reading.current, np.abs(reading.load)
         stalled = self._stalled(reading, commanded)
         troubles: list[tuple[np.ndarray, float, Act, np.ndarray, str, str]] = [
@@ -100,21 +106,33 @@ class Watchdog:
             for joint in np.flatnonzero(self._lasts(advice, tripped, seconds)).tolist():
                 name, said = JOINTS[joint], unit.format(values[joint])
                 if action == "stop":
-                    raise SafetyStop(f"{name}: servo at {said}; {advice} before going on")
+                    raise SafetyStop(f"{self.who}{name}: servo at {said}; {advice} before going on")
                 if action == "hold":
                     to_hold.append(name)
                 if (name, advice) not in self._told:
                     self._told.add((name, advice))
-                    print(f"{name}: servo at {said}; {advice}", file=sys.stderr)
+                    tell(f"{self.who}{name}: servo at {said}; {advice}")
         if self._lasts("grip", stalled & GRIPPER, config.stall_s).any():  # each grasp is one, and nothing to tell
             to_hold.append("gripper")
         return to_hold
+
+    def guard(self, arm: Arm) -> Reading:
+        """What the servos say now, once it is judged; joints that are to hold do so. SafetyStop as in `check`.
+
+        After a pause between two looks also for a servo that lost its power meanwhile, and is limp since.
+        """
+        if self.clock.now() - self._checked > LONGEST_TICK:
+            arm.require_torque()
+        reading = arm.read()
+        if to_hold := self.check(reading, arm.commanded):
+            arm.hold(to_hold)
+        return reading
 
     def _stalled(self, reading: Reading, commanded: np.ndarray) -> np.ndarray:
         """Which joints (6,) push hard, and come no nearer to where they should be."""
         hard = np.abs(reading.load) >= np.where(GRIPPER, self.config.grip_load, self.config.stall_load)
         came_on = (reading.position - self._stood) * np.sign(commanded - reading.position) > STALL_MOTION
-        stalled = hard & ~came_on
+        stalled = hard & ~came_on & self.stalls
         self._stood = np.where(stalled, self._stood, reading.position)
         return stalled
 
@@ -131,12 +149,12 @@ def ease_to(
     clock: Clock,
     goal: np.ndarray,
     each_tick: Callable[[np.ndarray], None] = lambda position: None,
-    watch: Callable[[Reading], None] = lambda reading: None,
+    read: Callable[[], Reading] | None = None,
 ) -> None:
     """Move from where the goals are to `goal` (6,) in a straight joint-space line at EASE_SPEED.
 
-    `each_tick` gets each commanded position (6,), so that a leader arm can come along, and `watch` what the servos
-    said of it. Raises SafetyStop, naming the joint, when one falls behind by EASE_LAG: it pushes at something.
+    `each_tick` gets each commanded position (6,), so that a leader arm can come along; `read`, a watchdog's guard,
+    reads the servos. Raises SafetyStop, naming the joint, when one falls behind by EASE_LAG: it pushes at something.
     """
     start = arm.goals()
     steps = max(1, int(np.ceil(np.abs(goal - start).max() / (EASE_SPEED * EASE_PERIOD))))
@@ -145,8 +163,7 @@ def ease_to(
         arm.command(position)
         each_tick(position)
         clock.sleep_until(clock.now() + EASE_PERIOD)
-        reading = arm.read()
-        watch(reading)
+        reading = arm.read() if read is None else read()
         behind = np.abs(reading.position - position)[:5]
         if behind.max() > EASE_LAG:
             joint = int(behind.argmax())
@@ -157,7 +174,7 @@ def lift(
     arm: Arm,
     clock: Clock,
     each_tick: Callable[[np.ndarray], None] = lambda position: None,
-    watch: Callable[[Reading], None] = lambda reading: None,
+    read: Callable[[], Reading] | None = None,
 ) -> None:
     """Raise the tool straight up to LIFT_Z, unless it is there already; the rest is as in `ease_to`."""
     goal = arm.goals()
@@ -165,7 +182,19 @@ def lift(
     if tool[2] < LIFT_Z:
         low, high = arm.limits
         raised = solve_ik(np.array([tool[0], tool[1], LIFT_Z]), goal[:5], low=low[:5], high=high[:5], max_iterations=50)
-        ease_to(arm, clock, np.append(raised, goal[5]), each_tick, watch)
+        ease_to(arm, clock, np.append(raised, goal[5]), each_tick, read)
+
+
+def connect(arm: Arm, who: str) -> list[str]:
+    """Check the servos; the joints that still hold from an earlier program, which is told."""
+    arm.connect()
+    held = arm.holding()
+    if held:
+        tell(
+            f"the {who} still holds, from a program that was killed or lost its power ({', '.join(held)}); "
+            f"it goes on from where it is"
+        )
+    return held
 
 
 def safe_start(arm: Arm) -> None:
@@ -173,14 +202,7 @@ def safe_start(arm: Arm) -> None:
 
     On a failure none keeps its torque, except in an arm that was found holding: that goes on holding.
     """
-    arm.connect()
-    held = arm.holding()
-    if held:
-        print(
-            f"the arm still holds, from a program that was killed or lost its power ({', '.join(held)}); "
-            f"it goes on from where it is",
-            file=sys.stderr,
-        )
+    held = connect(arm, "arm")
     try:
         arm.configure()
         arm.set_torque(True)
@@ -191,12 +213,14 @@ def safe_start(arm: Arm) -> None:
         raise
 
 
-def safe_close(arm: Arm, clock: Clock, rest: np.ndarray) -> None:
-    """Lift, ease to `rest` (6,), and release the torque once the measured pose is at rest.
+def safe_close(
+    arm: Arm, clock: Clock, rest: np.ndarray, each_tick: Callable[[np.ndarray], None] = lambda position: None
+) -> None:
+    """Lift, ease to `rest` (6,), and release the torque once the measured pose is at rest; `each_tick` as in ease_to.
 
     An arm that cannot be brought to rest is held with reduced torque for somebody to support it, and a Ctrl-C
     then releases it. On the way to rest it takes two of them, the one that led here included. Does nothing to an
-    arm that was not given torque. Never raises a UserError, so that it cannot hide the error that led here.
+    arm that was not given torque. What fails here is told and not raised, so that it cannot hide what led here.
     """
     if not arm.driven:
         return
@@ -207,6 +231,7 @@ def safe_close(arm: Arm, clock: Clock, rest: np.ndarray) -> None:
         def heed(position: np.ndarray) -> None:
             if len(came) >= patience:
                 raise KeyboardInterrupt
+            each_tick(position)
 
         try:
             if trouble := _come_to_rest(arm, clock, rest, heed):
@@ -216,11 +241,11 @@ def safe_close(arm: Arm, clock: Clock, rest: np.ndarray) -> None:
         except KeyboardInterrupt:
             try:
                 arm.set_torque(False)
-                print("interrupted again: the arm was released where it was", file=sys.stderr)
+                tell("interrupted again: the arm was released where it was")
             except UserError as error:
-                print(f"interrupted again: {error}", file=sys.stderr)
+                tell(f"interrupted again: {error}")
         except UserError as error:
-            print(f"closing the arm: {error}", file=sys.stderr)
+            tell(f"closing the arm: {error}")
         if cause is not None:
             came.clear()  # it ends the program already
 
@@ -239,23 +264,24 @@ def _come_to_rest(arm: Arm, clock: Clock, rest: np.ndarray, heed: Callable[[np.n
         away = np.abs(arm.read().position - rest)[:5]
     except UserError as error:
         return str(error)
+    except Exception as error:  # a bug, on the one path that nothing may cut short
+        return f"{type(error).__name__}: {error}"
     return f"{JOINTS[int(away.argmax())]} is {away.max():.2f} rad from rest" if away.max() > AT_REST else ""
 
 
 def _hold_for_support(arm: Arm, clock: Clock, trouble: str, came: list[int]) -> None:
     """Hold where the arm is, say so, and wait; KeyboardInterrupt when a signal comes meanwhile."""
+    held = set(arm.held)  # a gripper, on what it has grasped
     try:
         arm.hold()
     except UserError as error:
         trouble += f"; {error}"
-    if not arm.held:
-        print(f"closing the arm: {trouble}. It may still hold: support it, and cut its power", file=sys.stderr)
-        return
-    print(
+        if held == set(arm.held):
+            tell(f"closing the arm: {trouble}. It may still hold: support it, and cut its power")
+            return
+    tell(
         f"closing the arm: {trouble}. It holds with reduced torque: support it, then press Ctrl-C to release it. "
-        f"In {SUPPORT_S:.0f} s this program leaves it holding; `python -m so101.tools.release` frees it then",
-        file=sys.stderr,
-        flush=True,
+        f"In {SUPPORT_S:.0f} s this program leaves it holding; `python -m so101.tools.release` frees it then"
     )
     had, until = len(came), clock.now() + SUPPORT_S
     while clock.now() < until:

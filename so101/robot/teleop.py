@@ -22,9 +22,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from so101.config import option, require_within
-from so101.errors import EpisodeAborted, UserError
+from so101.errors import EpisodeAborted, UserError, tell
 from so101.robot.arm import Arm
 from so101.robot.kinematics import forward
+from so101.robot.safety import Watchdog
 from so101.robot.sound import Cue, Sound, SoundConfig
 from so101.timing import Clock
 
@@ -49,14 +50,14 @@ KEY_HELP = (
 )
 HELD_DOWN_S = 0.7  # a key that comes again sooner was not let go; terminals repeat after 0.25 .. 0.66 s
 ESCAPE = re.compile(r"\x1b(?:[\[O][0-9;]*[A-Za-z~])?")  # F2 sends ESC O Q: no reason to quit
-PAUSE_LOOK_S = 0.05  # between two looks for a key while paused
+PAUSE_LOOK = 0.1  # s; between two looks at the keys and the servos while the object is placed
 DROPS_IN_A_ROW = 3  # episodes; then it is no accident any more
 # What the program tells the person, and the simulated person acts on.
 DEMONSTRATE = Cue("task", "demonstrate the task")
 DEMONSTRATE_FAILURE = Cue("task", "demonstrate a failure")
 TRAINING = Cue("task", "the policy drives: help where it needs help")
 EVALUATION = Cue("task", "the policy drives: hands off")
-PLACE_CUBE = Cue("reset", "resetting: place the cube", (440, 440))
+PLACE_CUBE = Cue("reset", "resetting: place the cube, {} seconds", (440, 440))
 RECORDING = Cue("start", "recording episode {}", (440, 660))
 POLICY_STARTS = Cue("start", "the policy starts", (440, 660))
 SUCCESS = Cue("success", "success", (523, 659, 784))
@@ -195,8 +196,8 @@ class Leader:
     MAX_FOLLOW_STEP = 0.2  # rad (or opening) per tick: a leader left far away comes back without a jerk
     CLOSING_IN = 0.02  # rad per tick; a free servo with 0.2 rad to go makes 0.06 in the shortest tick
 
-    def __init__(self, arm: Arm) -> None:
-        self.arm = arm
+    def __init__(self, arm: Arm, watchdog: Watchdog) -> None:
+        self.arm, self.watchdog = arm, watchdog
         self.following = False
         self._before = np.zeros(6)
 
@@ -211,7 +212,7 @@ class Leader:
         Returns how far (5,) rad each joint of the arm is off its goal, and whether (5,) it fails to close in on
         it: lag closes in by itself, what a hand holds does not.
         """
-        here = self.arm.read().position
+        here = self.watchdog.guard(self.arm).position
         if not self.following:
             self.arm.set_torque(True)
             self.following, self._before = True, here
@@ -235,6 +236,7 @@ class Teleop:
         self.driving = False
         self.recording = False  # the person drives all the time: there is nobody to hand back to
         self.paused = False
+        self._kept: frozenset[str] = frozenset()
         self._caught_up = False  # the leader has been where the follower is since the hand-back
         self._ticks_held = np.zeros(5, int)  # by joint, for how long it has been kept from following
         self._offset = np.zeros(3)
@@ -254,13 +256,20 @@ class Teleop:
         self.driving = self.recording = self._caught_up = False
         self._ticks_held[:] = 0
 
-    def place_object(self, clock: Clock, seconds: float) -> frozenset[str]:
-        """Give the person `seconds` to place the object, longer while paused; the keys pressed in a reset."""
-        self.hear(PLACE_CUBE)
-        clock.sleep_until(clock.now() + seconds)
+    def place_object(self, clock: Clock, seconds: float, look: Callable[[], object]) -> frozenset[str]:
+        """Give the person `seconds` to place the object, longer while paused; the keys pressed in a reset.
+
+        `look` is called every PAUSE_LOOK, for a watchdog: the follower holds itself up meanwhile.
+        """
+        self.hear(PLACE_CUBE.about(f"{seconds:g}"))
+        began = clock.now()
+        for waited in np.arange(0, seconds, PAUSE_LOOK):
+            clock.sleep_until(began + min(seconds, waited + PAUSE_LOOK))
+            look()
         events = self._pressed()
         while self.paused and "quit" not in events:
-            clock.sleep_until(clock.now() + PAUSE_LOOK_S)
+            clock.sleep_until(clock.now() + PAUSE_LOOK)
+            look()
             events |= self._pressed()
         self._ticks_held[:] = 0  # a hand that held the leader during the reset does not yet want to drive
         return events
@@ -305,6 +314,19 @@ class Teleop:
         held = stays & (off > self.config.push) & self._caught_up
         self._ticks_held = np.where(held, self._ticks_held + 1, 0)
 
+    def come_along(self, position: np.ndarray) -> None:
+        """On the follower's way to rest a stiff leader goes too, or it would fall when it is let go.
+
+        What fails here must not hinder the follower; `close` will tell.
+        """
+        if self.leader is not None and self.leader.following:
+            with suppress(UserError):
+                self.leader.follow(position)
+
+    def keep(self, events: frozenset[str]) -> None:
+        """Keys of a reset that came to nothing: the next look finds them again."""
+        self._kept = events
+
     def hear(self, cue: Cue) -> None:
         """Tell the person one of the cues."""
         self.keys.hear(cue)
@@ -322,7 +344,7 @@ class Teleop:
             if self.leader is not None:
                 self.leader.release()
         except UserError as error:
-            print(f"releasing the leader: {error}", file=sys.stderr)
+            tell(f"releasing the leader: {error}")
         finally:
             self.keys.close()
 
@@ -343,4 +365,5 @@ class Teleop:
         if "pause" in events:
             self.paused = not self.paused
             self.hear(PAUSED if self.paused else GOES_ON)
+        events, self._kept = events | self._kept, frozenset()
         return events

@@ -54,7 +54,7 @@ class Operator:
 
     def hear(self, cue: Cue) -> None:
         """Act on what the program says."""
-        if cue == teleop.PLACE_CUBE:
+        if cue.kind == teleop.PLACE_CUBE.kind:
             self.world.reset()
             self._ticks = -1  # the look during the reset is not yet one of the episode's
         elif cue in (teleop.DEMONSTRATE, teleop.DEMONSTRATE_FAILURE, teleop.TRAINING, teleop.EVALUATION):

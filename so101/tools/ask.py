@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from so101.errors import ConfigError
+from so101.errors import ConfigError, HardwareError
 from so101.rig import ArmConfig, open_arm
 from so101.robot.arm import Arm
 from so101.robot.bus import ServoBus
 from so101.runlog import PLAIN_LINE_EVERY, REDRAW_EVERY
+from so101.tools.release import release
 
 if sys.platform == "win32":
     from msvcrt import kbhit as _line_waits
@@ -36,8 +37,8 @@ def open_limp(name: str, config: ArmConfig, stack: ExitStack) -> Arm:
 def make_limp(bus: ServoBus, arm: str) -> None:
     """Switch off the torque of all servos that the bus has names for, once the person holds the arm."""
     ask(f"The {arm} goes limp now: hold it or lay it down, and press Enter.")
-    for servo_id in bus.names:
-        bus.write(servo_id, "Torque_Enable", 0)
+    if failures := release(bus, bus.names):
+        raise HardwareError(f"{len(failures)} servos may still be stiff: {'; '.join(failures.values())}")
 
 
 def until_enter(look: Callable[[], str]) -> None:

@@ -22,7 +22,6 @@ from so101.robot.arm import MULTI_TURN
 from so101.robot.bus import ServoBus
 from so101.robot.calibration import (
     CALIBRATED,
-    MAX_TICKS,
     SMALLEST_RANGE_TICKS,
     Calibration,
     Sweep,
@@ -32,14 +31,15 @@ from so101.robot.calibration import (
     numbered,
     save_calibration,
     to_half_turn,
+    unlike_ranges,
 )
 from so101.robot.feetech import TICKS_PER_TURN
 from so101.robot.kinematics import URDF_LIMITS
 from so101.robot.ports import open_port
 from so101.robot.probe import explain_gap, inspect
-from so101.robot.signals import signals_held
 from so101.runlog import table
 from so101.schema import ARM_JOINTS, JOINTS
+from so101.signals import signals_held
 from so101.tools.ask import ask, make_limp, open_limp, until_enter
 from so101.tools.calibration_checks import mirror_test, ruler_test
 
@@ -47,7 +47,6 @@ MIDDLE_POSE = (
     "shoulder straight ahead, upper arm upright, forearm and gripper level and straight ahead, moving jaw on top, "
     "gripper half open"
 )
-RANGE_TOLERANCE = 0.05  # of a joint's range: both arms have the same stops
 USUAL_DEG = np.degrees(URDF_LIMITS[:, 1] - URDF_LIMITS[:, 0])
 USUAL_SHARE = 0.9  # of that; a sweep that covers less missed a stop
 HELD_TOLERANCE_DEG = 15.0  # a pose held by eye is up to 10 degrees off
@@ -215,23 +214,11 @@ def _other(config: Config) -> Calibration | None:
 
 
 def _require_alike(calibration: Calibration, other: Calibration | None, source: str) -> None:
-    """DataError for a joint whose range is not the other arm's: one of them was not swept to both stops.
-
-    Grippers are left out: the leader's is a trigger, and an opening is a fraction of its range.
-    """
+    """DataError for a joint whose range is not the other arm's."""
     if other is None:
         return
-    unlike = []
-    for name in ARM_JOINTS:
-        here, there = ((each.joints[name].range_max - each.joints[name].range_min) for each in (calibration, other))
-        if abs(here - there) > RANGE_TOLERANCE * max(here, there):
-            unswept = " (LeRobot from 0.4.3 on writes 0 .. 4095 unswept)" if MAX_TICKS in (here, there) else ""
-            unlike.append(f"{name} {here * DEG_PER_TICK:.0f} degrees here, {there * DEG_PER_TICK:.0f} there{unswept}")
-    if unlike:
-        raise DataError(
-            f"{source}: ranges differ by more than {RANGE_TOLERANCE:.0%}: {'; '.join(unlike)}. Sweep the arm "
-            f"with the smaller range again, from stop to stop; without compare= it is taken as it is"
-        )
+    if unlike := unlike_ranges(calibration, other):
+        raise DataError(f"{source}: {unlike}; without compare= it is taken as it is")
 
 
 def _differences(calibration: Calibration, stored: Stored) -> str:
@@ -267,12 +254,13 @@ def _write_servos(bus: ServoBus, calibration: Calibration, stored: Stored, besid
     }
     kept = numbered(beside.with_stem(f"{beside.stem}.servos"))
     write_atomic(kept, lerobot_text(old))
+    print(f"what the servos hold is in {kept}")
     written = 0
     with signals_held():
         for name, joint in joints.items():
             wanted = joint.registers | {"Phase": stored[name]["Phase"] & ~MULTI_TURN}
             written += sum(bus.write_eprom(joint.id, register, value) for register, value in wanted.items())
-    print(f"{written} settings written to the servos and read back; the old ones are in {kept}")
+    print(f"{written} settings written to the servos and read back")
     off = np.abs(to_half_turn(_read_ticks(bus) - expected))
     if (worst := int(off.max())) > SINKS_TICKS:
         raise HardwareError(

@@ -6,16 +6,17 @@ python -m so101.tools.goto "pose=[0,-0.5,0.6,1.2,1.57,0.5]"    five joints in ra
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from so101.config import launch, option, require_within
-from so101.env import HOME_SEED, EnvConfig
+from so101.env import HOME_SEED, TIP_BELOW_TOOL, EnvConfig
 from so101.errors import ConfigError
-from so101.rig import RigConfig, open_rig
+from so101.rig import RigConfig, open_rig, require_reachable
 from so101.robot.kinematics import forward, solve_ik
-from so101.robot.safety import ease_to, lift
+from so101.robot.safety import EASE_PERIOD, Watchdog, ease_to, lift
 from so101.schema import JOINTS
 
 
@@ -45,16 +46,17 @@ def main(config: Config) -> None:
             goal = np.append(joints, config.env.gripper_range[1])
         else:
             goal = np.array(config.pose)
-        outside = [name for name, x, a, b in zip(JOINTS, goal, low, high, strict=True) if not a <= x <= b]
-        if outside:
-            joint = JOINTS.index(outside[0])
-            raise ConfigError(
-                f"pose: {outside[0]} is {goal[joint]:.3f}, calibrated for {low[joint]:.3f} .. {high[joint]:.3f}"
-            )
-        lift(rig.arm, rig.clock)
-        ease_to(rig.arm, rig.clock, goal)
-        rig.clock.sleep_until(rig.clock.now() + config.stay_s)
-        position = rig.arm.read().position
+        require_reachable("pose", goal, rig.arm)
+        goal = np.clip(goal, low, high)
+        read = partial(Watchdog(config.rig.safety, rig.clock).guard, rig.arm)
+        lift(rig.arm, rig.clock, read=read)
+        _require_above_table(rig.arm.goals(), goal, config.env.table_z)
+        ease_to(rig.arm, rig.clock, goal, read=read)
+        until = rig.clock.now() + config.stay_s
+        while rig.clock.now() + EASE_PERIOD < until:
+            rig.clock.sleep_until(rig.clock.now() + EASE_PERIOD)
+            read()
+        position = read().position
         tool, _ = forward(position)
         for name, value, wanted in zip(JOINTS, position, goal, strict=True):
             unit = f"of its opening, goal {wanted:.3f}"
@@ -62,6 +64,16 @@ def main(config: Config) -> None:
                 unit = f"rad, {np.rad2deg(value):7.1f} deg, goal {wanted:.3f}"
             print(f"{name:14} {value:7.3f} {unit}")
         print("tool at x {:.3f}, y {:.3f}, z {:.3f} m".format(*tool))
+
+
+def _require_above_table(start: np.ndarray, goal: np.ndarray, table_z: float) -> None:
+    """ConfigError where the fingertips would meet the table on the straight line in joint space."""
+    tips = [forward(start + (goal - start) * part)[0][2] - TIP_BELOW_TOOL for part in np.linspace(0, 1, 50)]
+    if min(tips) < table_z:
+        raise ConfigError(
+            f"pose: the fingertips would come to {min(tips):.3f} m on the way there, the table (env.table_z) is at "
+            f"{table_z:.3f}; choose a higher one"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from so101.errors import ConfigError, HardwareError
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.feetech import MAX_ID
 from so101.robot.ports import open_port
-from so101.robot.signals import signals_held
 from so101.schema import JOINTS
+from so101.signals import signals_held
 
 
 @dataclass
@@ -37,26 +38,27 @@ def main(config: Config) -> None:
         print(f"support the arm: it goes limp in {config.wait_s:g} s", flush=True)
         time.sleep(config.wait_s)
         with signals_held():
-            failures = [failure for servo_id in config.ids if (failure := release(bus, servo_id))]
+            failures = release(bus, config.ids)
+    for servo_id in config.ids:
+        print(f"{servo_id} {names.get(servo_id, 'servo')}: {'failed' if servo_id in failures else 'released'}")
     if failures:
         raise HardwareError(
             f"{len(failures)} of {len(config.ids)} servos were not released; cut the arm's power. "
-            + "; ".join(failures)
+            + "; ".join(failures.values())
         )
 
 
-def release(bus: ServoBus, servo_id: int) -> str | None:
-    """Switch one servo's torque off and look whether it is; says on stdout how it went, returns what failed."""
-    name = bus.names.get(servo_id, "servo")
-    try:
-        bus.write(servo_id, "Torque_Enable", 0)
-        if torque := bus.read(servo_id, "Torque_Enable"):
-            raise ServoError(f"servo {servo_id} ({name}): Torque_Enable is still {torque}")
-    except ServoError as error:
-        print(f"{servo_id} {name}: failed")
-        return str(error)
-    print(f"{servo_id} {name}: released")
-    return None
+def release(bus: ServoBus, ids: Iterable[int]) -> dict[int, str]:
+    """Switch the torque of each servo off and look whether it is; what failed, {servo id: in words}."""
+    failures = {}
+    for servo_id in ids:
+        try:
+            bus.write(servo_id, "Torque_Enable", 0)
+            if torque := bus.read(servo_id, "Torque_Enable"):
+                failures[servo_id] = f"servo {servo_id}: Torque_Enable is still {torque}"
+        except ServoError as error:
+            failures[servo_id] = str(error)
+    return failures
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""Ctrl-C, SIGTERM and the loss of the terminal: one way out of a program, which can be held up for a moment.
+
+`launch` takes them over for the whole program. Handlers that are exchanged back and forth instead would leave
+instants in which a signal is lost, or cuts in two what must happen as a whole, such as letting go of six joints.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
+BOUNCE = 0.3  # s; a second Ctrl-C so soon is the first one's, and must not interrupt the way out that it began
+
+_held: list[int] | None = None  # the signals that came while somebody holds them up; None while nobody does
+_came_at = -math.inf
+
+
+def take_signals() -> None:
+    """From now on each of ENDING is a KeyboardInterrupt, unless nohup or a background shell had it ignored."""
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _came_at
+    if _held is not None:
+        _held.append(number)
+    elif time.monotonic() - _came_at > BOUNCE:
+        _came_at = time.monotonic()
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def signals_held() -> Iterator[list[int]]:
+    """Inside the block the signals only join the list that it yields; what is left in it counts at its end.
+
+    Only the main thread gets signals; in another one the block is an ordinary one.
+    """
+    global _held
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    outer, _held = _held, came
+    try:
+        yield came
+    finally:
+        _held = outer
+        if came:
+            _on_signal(came[-1], None)
