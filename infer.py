@@ -13,9 +13,9 @@ import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 import itertools
 import json
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from so101.config import from_dict, launch, option, require_within
 from so101.data.video import VideoWriter
 from so101.env import Env, EnvConfig
 from so101.errors import DataError, EpisodeAborted
-from so101.files import write_atomic
+from so101.files import read_json, write_atomic
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
 from so101.learn.eyes import Eyes
 from so101.learn.networks import Policy
@@ -73,32 +73,25 @@ def main(config: Config) -> None:
     report(Path(config.output) if config.output else run, episodes, rig)
 
 
-class Trained(NamedTuple):
+@dataclass
+class Trained:
     """The parts of a run's config that its policy needs, to run as it was trained."""
 
-    rig: RigConfig
-    env: EnvConfig
-    preprocess: Preprocess
-    reward: RewardSpec
-    sac: SacConfig
-    encoder: str | None
+    rig: RigConfig = option(help="arms, cameras, person")
+    env: EnvConfig = option(help="the task's geometry and timing")
+    preprocess: Preprocess = option(help="how a frame becomes the network's image")
+    reward: RewardSpec = option(help="what a transition pays")
+    sac: SacConfig = option(help="the algorithm")
+    encoder: str | None = option(help="ResNet10 weight file")
 
     @classmethod
     def of(cls, run: Path) -> "Trained":
-        """From the run folder's config.json. Raises DataError where there is none."""
+        """From the run folder's config.json. Raises DataError or ConfigError where it is missing or damaged."""
         path = run / "config.json"
-        if not path.exists():
-            raise DataError(f"{run}: holds no config.json, so it is not a run folder; train one with train_sac.py")
-        stored = json.loads(path.read_text())
-        sections = {
-            "rig": RigConfig,
-            "env": EnvConfig,
-            "preprocess": Preprocess,
-            "reward": RewardSpec,
-            "sac": SacConfig,
-        }
-        built = {name: from_dict(section, stored[name], f"{path}: {name}") for name, section in sections.items()}
-        return cls(**built, encoder=stored["encoder"])
+        hint = f"; without it {run} is not a run folder, which train_sac.py makes"
+        stored = read_json(path, DataError, hint)
+        needed = [field.name for field in fields(cls) if field.name in stored]
+        return from_dict(cls, {name: stored[name] for name in needed}, str(path))
 
 
 def load_policy(run: Path, name: str, sac: SacConfig, schema: dict, trunk_hash: str) -> Policy:

@@ -10,6 +10,7 @@ threshold, guard, schema and where the data came from) and report.html.
 import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 
 # isort: split
+import hashlib
 import os
 import shutil
 import time
@@ -25,7 +26,6 @@ from so101.data.dataset import Dataset, open_dataset
 from so101.data.labels import Labels, labels_path, load_labels
 from so101.episodes import labelled_frames
 from so101.errors import DataError
-from so101.files import sha256
 from so101.learn.resnet10 import load_resnet10, trunk_hash
 from so101.learn.reward import RewardConfig, save_reward
 from so101.learn.reward_training import encode_views, train_classifier
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
         detector, report = train_classifier(features, success, episode_ids, states, config.reward, progress.update)
     provenance = {
         "dataset": str(dataset.folder),
-        "labels_sha256": sha256(labels_file) if labels is not None else None,
+        "labels_sha256": hashlib.sha256(labels_file.read_bytes()).hexdigest() if labels is not None else None,
         "config": to_dict(config),
         "report": report,
     }

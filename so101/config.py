@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from so101.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, UserError
-from so101.files import write_atomic
+from so101.files import parse_json, read_json, write_atomic
 from so101.signals import take_signals
 
 T = TypeVar("T")
@@ -212,7 +212,7 @@ def _lay_section(cls: Any, base: Any, new: Any, key: str, file: str, reading: tu
         path = Path(file).parent / new
         if path.resolve() in reading:
             raise ConfigError(f"{file}: {path} is read by way of itself; break the circle of files")
-        values = _read(path, f" (asked for by {key!r} in {file})" if file else "")
+        values = read_json(path, ConfigError, f" (asked for by {key!r} in {file})" if file else "")
         return _lay_section(cls, base, values, key, str(path), (*reading, path.resolve()))
     hints, dot = get_type_hints(cls), f"{key}." if key else ""
     names = [field.name for field in dataclasses.fields(cls)]
@@ -229,36 +229,10 @@ def _lay_section(cls: Any, base: Any, new: Any, key: str, file: str, reading: tu
     return section
 
 
-def _read(path: Path, asked: str) -> dict[str, Any]:
-    try:
-        data = _loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{path}: not JSON: {error.msg} at {at}{asked}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}{asked}") from None
-    except ValueError as error:  # not UTF-8, a key given twice, a number of thousands of digits
-        raise ConfigError(f"{path}: cannot be used: {error}{asked}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold one JSON object {{...}}{asked}")
-    return data
-
-
-def _loads(text: str) -> Any:
-    def refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"the key {twice[0]!r} is given twice in one object")
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=refuse_twice)
-
-
 def _parse_text(hint: Any, text: str) -> Any:
     """An override's value: as JSON where it is JSON, except that a text field takes it as typed."""
     try:
-        value = _loads(text)
+        value = parse_json(text)
     except ValueError:
         return str(text)
     takes_only_text = _arms(hint) == (str,) and not isinstance(value, str)

@@ -1,8 +1,12 @@
-"""Files that are whole or absent: write aside, sync, rename. Used wherever something must survive a kill."""
+"""Files that are whole or absent (write aside, sync, rename), and JSON that is read strictly."""
 
-import hashlib
+import json
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
+
+from so101.errors import UserError
 
 
 def sync_folder(folder: Path) -> None:
@@ -34,10 +38,26 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def read_json(path: Path, error: type[UserError], hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises `error`, which names the file and ends in `hint`, where there is none."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}{hint}") from None
+    except (ValueError, RecursionError) as problem:  # also not UTF-8, or a number of thousands of digits
+        raise error(f"{path}: no usable JSON: {problem}{hint}") from None
+    if not isinstance(content, dict):
+        raise error(f"{path}: must hold one JSON object {{...}}{hint}")
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """The value that JSON says. Raises ValueError, also for a key given twice, of which json would keep the last."""
+
+    def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(name for name, _ in pairs)
+        if len(counts) < len(pairs):
+            raise ValueError(f"the key {counts.most_common(1)[0][0]!r} is given twice in one object")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=refuse_twins)

@@ -58,11 +58,8 @@ def round_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def curve(title: str, x_label: str, y_label: str, series: Series, smooth: int = 0) -> str:
-    """An SVG line plot of {name: (xs, ys)}; points that are not finite are left out.
-
-    `smooth` > 1 draws each line faintly and over it the mean of that many neighbouring points.
-    """
+def curve(title: str, x_label: str, y_label: str, series: Series) -> str:
+    """An SVG line plot of {name: (xs, ys)}; points that are not finite are left out."""
     lines = {name: _finite(xs, ys) for name, (xs, ys) in series.items()}
     legend, top = _legend(list(lines))
     xs = np.concatenate([np.zeros(0), *(x for x, _ in lines.values())])
@@ -98,11 +95,7 @@ def curve(title: str, x_label: str, y_label: str, series: Series, smooth: int = 
         parts.append(_text(x_px(tick), HEIGHT - BOTTOM + 16, "middle", f"{tick:g}"))
     parts.append(_rule(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "#999"))
     for index, (x, y) in enumerate(lines.values()):
-        colour = COLOURS[index % len(COLOURS)]
-        smoothed = smooth > 1 and len(y) > smooth
-        parts.append(_line(x_px(x), y_px(y), colour, 0.3 if smoothed else 1.0))
-        if smoothed:
-            parts.append(_line(x_px(x), y_px(_running_mean(y, smooth)), colour, 1.0))
+        parts.append(_line(x_px(x), y_px(y), COLOURS[index % len(COLOURS)]))
     return "\n".join([*parts, "</svg>"])
 
 
@@ -141,11 +134,11 @@ def _rule(x0: float, y0: float, x1: float, y1: float, colour: str = "#e6e6e6") -
     return f'<path d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}" stroke="{colour}"/>'
 
 
-def _line(x: np.ndarray, y: np.ndarray, colour: str, opacity: float) -> str:
+def _line(x: np.ndarray, y: np.ndarray, colour: str) -> str:
     """One line through points in px, with dots where the points are few."""
     x, y = _thin(x, y)
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    style = f'fill="none" stroke="{colour}" stroke-width="1.8" stroke-linejoin="round" opacity="{opacity}"'
+    style = f'fill="none" stroke="{colour}" stroke-width="1.8" stroke-linejoin="round"'
     dots = [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in zip(x, y, strict=True)]
     return f'<polyline points="{points}" {style}/>' + "".join(dots if len(dots) <= FEW_POINTS else [])
 
@@ -157,12 +150,6 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     stretches = np.array_split(np.arange(len(x)), MOST_POINTS // 2)
     kept = sorted({int(s[pick(y[s])]) for s in stretches for pick in (np.argmin, np.argmax)})
     return x[kept], y[kept]
-
-
-def _running_mean(y: np.ndarray, window: int) -> np.ndarray:
-    """(N,) -> (N,): the mean of `window` points around each; at the ends, of those that there are."""
-    ones = np.ones(window)
-    return np.convolve(y, ones, "same") / np.convolve(np.ones(len(y)), ones, "same")
 
 
 def image_tag(rgb: np.ndarray, width_px: int | None = None) -> str:

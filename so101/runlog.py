@@ -16,22 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from so101.errors import DataError
 from so101.files import write_atomic
 
 BAR_WIDTH = 24
 REDRAW_EVERY = 0.1  # s, on a terminal
 PLAIN_LINE_EVERY = 10.0  # s, between progress lines where there is no terminal
-
-
-def new_run_folder(folder: Path | str) -> Path:
-    """Make the folder of a new run. Raises DataError where there is one: nothing is ever overwritten."""
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise DataError(f"{path}: exists already and is never overwritten; choose another name") from None
-    return path
 
 
 class RunLog:

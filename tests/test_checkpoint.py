@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from so101.errors import DataError
+import infer
+from so101.errors import ConfigError, DataError
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 SCHEMA = {"fps": 10.0, "cameras": ["wrist"]}
+HASH = "a" * 64
 
 
 def save(folder, step=100, value=1.0, **changed):
@@ -22,7 +24,7 @@ def save(folder, step=100, value=1.0, **changed):
         "training_state": {"step": step, "optimizer": {"state": {0: {"exp_avg": torch.full((3,), value)}}}},
         "config": {"lr": 3e-4},
         "schema": SCHEMA,
-        "trunk_hash": "a" * 64,
+        "trunk_hash": HASH,
         **changed,
     }
     return save_checkpoint(folder, step, **given)
@@ -34,12 +36,11 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     files = {"model.safetensors", "training_state.pt", "config.json", "schema.json"}
     assert {file.name for file in path.iterdir()} == files
     for where in (path, tmp_path):  # the checkpoint itself, or the run folder
-        loaded = load_checkpoint(where, SCHEMA, "a" * 64)
-        assert loaded.path == path and loaded.step == 1500
+        loaded = load_checkpoint(where, SCHEMA, HASH)
+        assert loaded.step == 1500 and loaded.config == {"lr": 3e-4}
         assert torch.equal(loaded.tensors["actor.weight"], torch.full((3, 2), 0.1))
         assert loaded.tensors["log_alpha"].shape == () and loaded.tensors["log_alpha"].item() == -4.5
         assert torch.equal(loaded.training_state["optimizer"]["state"][0]["exp_avg"], torch.full((3,), 0.1))
-        assert loaded.config == {"lr": 3e-4} and loaded.schema == SCHEMA and loaded.trunk_hash == "a" * 64
 
 
 def test_last_names_the_newest_checkpoint_and_all_are_kept(tmp_path):
@@ -52,8 +53,8 @@ def test_a_checkpoint_of_the_same_step_never_replaces_the_first(tmp_path):
     first = save(tmp_path, 100, value=1.0)
     second = save(tmp_path, 100, value=2.0)
     assert second.name == "000100-2" and find_checkpoint(tmp_path) == second
-    assert load_checkpoint(first, SCHEMA, None).tensors["actor.weight"][0, 0] == 1.0
-    assert load_checkpoint(second, SCHEMA, None).tensors["actor.weight"][0, 0] == 2.0
+    assert load_checkpoint(first, SCHEMA, HASH).tensors["actor.weight"][0, 0] == 1.0
+    assert load_checkpoint(second, SCHEMA, HASH).tensors["actor.weight"][0, 0] == 2.0
 
 
 def test_the_leftover_of_a_kill_is_ignored_and_does_not_stop_saving(tmp_path):
@@ -61,20 +62,19 @@ def test_the_leftover_of_a_kill_is_ignored_and_does_not_stop_saving(tmp_path):
     leftover = tmp_path / "checkpoints" / ".000200.tmp"
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")
-    assert load_checkpoint(tmp_path, SCHEMA, None).step == 100
+    assert load_checkpoint(tmp_path, SCHEMA, HASH).step == 100
     assert save(tmp_path, 200).name == "000200"
-    assert load_checkpoint(tmp_path, SCHEMA, None).step == 200
+    assert load_checkpoint(tmp_path, SCHEMA, HASH).step == 200
 
 
 def test_another_schema_and_another_encoder_are_refused_by_name(tmp_path):
     save(tmp_path)
     with pytest.raises(DataError, match=r"000100: made under another schema: fps is 10.0 there, 30.0 here"):
-        load_checkpoint(tmp_path, {**SCHEMA, "fps": 30.0}, None)
+        load_checkpoint(tmp_path, {**SCHEMA, "fps": 30.0}, HASH)
     with pytest.raises(
         DataError, match=r"000100: was trained on another encoder \(aaaaaaaaaaaa, here it is bbbbbbbbbbbb"
     ):
         load_checkpoint(tmp_path, SCHEMA, "b" * 64)
-    load_checkpoint(tmp_path, None, None)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "config.json", "schema.json"])
@@ -84,17 +84,17 @@ def test_a_missing_or_damaged_file_is_named(tmp_path, name):
     for damage in (content[: len(content) // 2], b"", b"[1, 2]"):
         path.write_bytes(damage)
         with pytest.raises(DataError, match=re.escape(name)):
-            load_checkpoint(tmp_path, SCHEMA, None)
+            load_checkpoint(tmp_path, SCHEMA, HASH)
     path.unlink()
     with pytest.raises(DataError, match=f"{re.escape(name)}: cannot be read"):
-        load_checkpoint(tmp_path, SCHEMA, None)
+        load_checkpoint(tmp_path, SCHEMA, HASH)
 
 
 def test_a_training_state_that_would_run_code_is_refused(tmp_path):
     path = save(tmp_path)
     torch.save({"step": print}, path / "training_state.pt")
     with pytest.raises(DataError, match="training_state.pt: is damaged or not a training state"):
-        load_checkpoint(path, SCHEMA, None)
+        load_checkpoint(path, SCHEMA, HASH)
 
 
 def test_a_run_without_checkpoints_or_with_a_mark_that_names_none_says_so(tmp_path):
@@ -102,7 +102,23 @@ def test_a_run_without_checkpoints_or_with_a_mark_that_names_none_says_so(tmp_pa
         find_checkpoint(tmp_path)
     shutil.rmtree(save(tmp_path))
     with pytest.raises(DataError, match="names '000100', which is no checkpoint beside it"):
-        load_checkpoint(tmp_path, SCHEMA, None)
+        load_checkpoint(tmp_path, SCHEMA, HASH)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "said"),
+    [
+        (None, DataError, "cannot be read: No such file or directory; without it .* is not a run folder"),
+        ('{"rig": {}, "env"', DataError, "no usable JSON: .* is not a run folder"),
+        ('{"rig": {}, "env": {}, "preprocess": {}, "reward": {}, "encoder": null}', ConfigError, "sac is missing"),
+        ('{"rig": {"fpz": 1}}', ConfigError, "unknown key 'rig.fpz'"),
+    ],
+)
+def test_a_run_whose_config_is_torn_is_refused_by_file(tmp_path, content, error, said):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(error, match=f"config.json: {said}"):
+        infer.Trained.of(tmp_path)
 
 
 KILLS = """

@@ -162,10 +162,10 @@ def test_a_circle_of_files_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('{"seed": 1,\n "name" "x"}', "line 2, column 9"),
+        ('{"seed": 1,\n "name" "x"}', "line 2 column 9"),
         ('{"seed": 1, "seed": 2}', "the key 'seed' is given twice"),
         ("[1]", "must hold one JSON object"),
-        ('{"seed": ' + "1" * 5000 + "}", "cannot be used"),
+        ('{"seed": ' + "1" * 5000 + "}", "no usable JSON"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, text, sentence):

@@ -153,19 +153,16 @@ def test_timestamps_are_the_frame_number_over_fps_in_float32(tmp_path: Path) -> 
     assert timestamp[1] == np.float32(1 / 30) and timestamp[1499] == np.float32(1499 / 30)
 
 
-def test_verdicts_given_at_the_end_replace_those_of_the_rows(tmp_path: Path) -> None:
+def test_rewards_given_at_the_end_replace_those_of_the_rows(tmp_path: Path) -> None:
     writer = DatasetWriter(tmp_path / "set", fps=10, cameras={}, task="t", schema={})
     for _ in range(3):
-        writer.add(np.zeros(18), np.zeros(4), {}, capture_time=0.0, reward=0.5, done=True, is_intervention=True)
-    with pytest.raises(DataError, match=r"next.reward: got shape \(2,\), the episode has 3 rows"):
+        writer.add(np.zeros(18), np.zeros(4), {}, capture_time=0.0, reward=0.5, is_intervention=True)
+    with pytest.raises(DataError, match=r"rewards: got shape \(2,\), the episode has 3 rows"):
         writer.save_episode(np.zeros(18), {}, 0.3, rewards=np.zeros(2))
-    truncateds = np.array([False, False, True])
-    writer.save_episode(np.zeros(18), {}, 0.3, rewards=np.array([0, 0, 1]), dones=np.zeros(3), truncateds=truncateds)
+    writer.save_episode(np.zeros(18), {}, 0.3, rewards=np.array([0, 0, 1]))
     writer.close()
     columns = open_dataset(tmp_path / "set").episodes[0].columns()
     assert columns["next.reward"].tolist() == [0, 0, 1]
-    assert columns["next.done"].tolist() == [False] * 3
-    assert columns["next.truncated"].tolist() == [False, False, True]
     assert columns["complementary_info.is_intervention"].tolist() == [True] * 3
 
 
@@ -246,7 +243,7 @@ def test_what_is_missing_or_damaged_is_named(recorded: Path) -> None:
     ):
         content = (recorded / name).read_bytes()
         (recorded / name).unlink()
-        with pytest.raises(DataError, match=name.rpartition("/")[2].replace(".", r"\.") + ": missing"):
+        with pytest.raises(DataError, match=name.rpartition("/")[2].replace(".", r"\.") + ": (missing|cannot be read)"):
             open_dataset(recorded)
         (recorded / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(DataError, match=name.rpartition("/")[2].replace(".", r"\.")):
@@ -264,7 +261,7 @@ def test_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "meta" / "info.json").write_text('{"codebase_version": "v2.1"}')
     with pytest.raises(DataError, match="'v2.1'"):
         open_dataset(tmp_path)
-    with pytest.raises(DataError, match=r"info\.json: missing"):
+    with pytest.raises(DataError, match=r"info\.json: cannot be read: No such file .* is not a dataset"):
         open_dataset(tmp_path / "nowhere")
 
 

@@ -128,4 +128,5 @@ def test_the_command_line(folder: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert stored(folder) == {"0": {"ranges": [[3, 5], [8, None]]}}
     refused = call(f"dataset={folder}nowhere")
-    assert refused.returncode == 4 and "info.json: missing" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 4 and "Traceback" not in refused.stderr
+    assert "info.json: cannot be read" in refused.stderr and "nowhere is not a dataset" in refused.stderr

@@ -57,7 +57,7 @@ def test_unlabelled_and_skipped_are_not_failure() -> None:
     labels.set(2, EpisodeLabel(skip=True))
     assert labels.success(0, 4).tolist() == [False] * 5
     assert [labels.success(episode, 4) for episode in (1, 2, 3)] == [None] * 3
-    assert [labels.skipped(episode) for episode in (0, 1, 2, 3)] == [False, True, True, False]
+    assert [episode for episode, label in labels.episodes.items() if label.skip] == [1, 2]
     labels.set(0, None)
     assert labels.success(0, 4) is None
 
@@ -123,11 +123,17 @@ def test_what_does_not_fit_is_refused_by_file_episode_and_value(tmp_path: Path, 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.labels.json"
-    for content, said in (("{", "not a readable"), ('{"0": {"all_fail": true}}', 'must hold "dataset"')):
+    twice = '{"dataset": "a", "dataset": "b", "episodes": {}}'
+    for content, said in (
+        ("{", "no usable"),
+        (twice, "given twice"),
+        ("[]", "one JSON"),
+        ("{}", 'must hold "dataset"'),
+    ):
         path.write_text(content)
         with pytest.raises(DataError, match=said):
             Labels.load(path)
-    with pytest.raises(DataError, match="not a readable"):
+    with pytest.raises(DataError, match="cannot be read"):
         Labels.load(tmp_path / "none.json")
 
 

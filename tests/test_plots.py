@@ -72,15 +72,6 @@ def test_a_long_line_is_thinned_and_keeps_its_spike():
     assert len(points) <= 1500 and (points[:, 1] * scale + offset).max() == pytest.approx(9.0, abs=0.05)
 
 
-def test_smoothing_adds_the_mean_and_leaves_a_straight_line_straight():
-    xs = np.arange(100)
-    noisy, smooth = drawn(curve("t", "x", "y", {"a": (xs, xs % 2)}, smooth=10))
-    middle = smooth[10:-10, 1]
-    assert np.ptp(noisy[:, 1]) > 100 and np.ptp(middle) < 1  # the mean of 0 1 0 1 ... over 10 is 1/2
-    line, same = drawn(curve("t", "x", "y", {"a": (xs, xs * 2.0)}, smooth=11))
-    assert same[6:-6] == pytest.approx(line[6:-6], abs=0.11)
-
-
 def test_image_tag_holds_the_picture():
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
     data = re.search(r'base64,([^"]+)"', image_tag(rgb, 70))

@@ -368,6 +368,12 @@ def test_a_random_encoder_of_another_seed_is_another_encoder(tmp_path):
         load_reward(tmp_path, SCHEMA, trunk_hash(load_resnet10(None, seed=1)))
 
 
+def test_weights_of_another_network_are_refused_by_file(tmp_path):
+    save_reward(tmp_path, SuccessDetector(classifier(cameras=2), 0.5, None, 3), SCHEMA, "a", {})
+    with pytest.raises(DataError, match=r"model.safetensors: does not fit; .*Unexpected key.*heads.1"):
+        load_reward(tmp_path, SCHEMA, "a")
+
+
 def test_nothing_is_overwritten_and_no_damage_goes_unnoticed(saved):
     detector, folder = saved
     with pytest.raises(DataError, match="holds a reward classifier already"):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from so101 import runlog
-from so101.errors import DataError
 from so101.runlog import Progress, RunLog, read_metrics, table, wilson_interval
 
 
@@ -55,14 +54,6 @@ def test_a_line_torn_by_a_kill_is_cut_off_and_reported(tmp_path, capsys):
     assert "cut short" in capsys.readouterr().err
     RunLog(tmp_path)
     assert capsys.readouterr().err == ""
-
-
-def test_an_existing_run_is_never_overwritten(tmp_path):
-    folder = runlog.new_run_folder(tmp_path / "outputs" / "a")
-    assert folder.is_dir()
-    with pytest.raises(DataError, match="exists already and is never overwritten") as caught:
-        runlog.new_run_folder(folder)
-    assert caught.value.exit_code == 4
 
 
 class Screen:

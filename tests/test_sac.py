@@ -189,25 +189,27 @@ def test_policy_that_travelled_acts_the_same():
     one_round(sac, batch)
     features, state = batch.features[0], np.linspace(-1, 1, 18, dtype=np.float32)
     generator = torch.Generator()
-    assert (other.act(features, state, True, generator) != sac.act(features, state, True, generator)).any()
+    action = sac.policy.act(features, state, True, generator)
+    assert (other.policy.act(features, state, True, generator) != action).any()
     sent = sac.policy_tensors()
-    other.load_policy(sent)
-    action = sac.act(features, state, True, generator)
-    assert (other.act(features, state, True, generator) == action).all()
+    other.policy.load_state_dict(sent)
+    assert (other.policy.act(features, state, True, generator) == action).all()
     one_round(sac, batch)  # what was sent is a copy, not a view of weights that go on changing
     assert torch.equal(sent["actor.mean.weight"], other.policy.actor.mean.weight)
 
 
 def test_loading_is_strict():
     sac = make_sac()
-    tensors = sac.policy_tensors()
-    without = {name: tensor for name, tensor in tensors.items() if name != "normalizer.mean"}
-    with pytest.raises(DataError, match="normalizer.mean is missing"):
-        sac.load_policy(without)
-    with pytest.raises(DataError, match="extra is not one of this network's"):
-        sac.load_policy({**tensors, "extra": torch.zeros(1)})
-    with pytest.raises(DataError, match=r"normalizer.mean is \[6\], must be \[18\]"):
-        sac.load_policy({**tensors, "normalizer.mean": torch.zeros(6)})
+    tensors = sac.tensors()
+    name = "policy.normalizer.mean"
+    without = {key: tensor for key, tensor in tensors.items() if key != name}
+    for wrong, said in (
+        (without, f'Missing key.*"{name}"'),
+        ({**tensors, "extra": torch.zeros(1)}, 'Unexpected key.*"extra"'),
+        ({**tensors, name: torch.zeros(6)}, rf"{name}: .*\(\[6\]\) from checkpoint, .*\(\[18\]\)"),
+    ):
+        with pytest.raises(DataError, match=f"^checkpoint: does not fit; use the config.*{said}"):
+            sac.load_tensors(wrong)
 
 
 def test_metrics_are_tensors():
@@ -246,7 +248,7 @@ def test_learns_what_image_and_state_say_together():
         for end in (-1, 1):
             seen, maps_seen = torch.zeros(1, 18), maps[(side + 1) // 2]
             seen[0, 3] = end
-            action = sac.act(maps_seen, seen[0].numpy(), True, torch.Generator())
+            action = sac.policy.act(maps_seen, seen[0].numpy(), True, torch.Generator())
             assert action[0] * side * end > 0.7
             with torch.no_grad():
                 latent = sac.policy.encoder(maps_seen[None], sac.policy.normalizer(seen))

@@ -375,7 +375,7 @@ def test_bad_input_is_one_clear_sentence_and_changes_nothing(tmp_path, launched,
 
 def test_a_script_started_from_elsewhere_ends_with_its_sentence_and_code(tmp_path):
     result = script(ROOT / "infer.py", "run=nowhere", cwd=tmp_path)
-    assert result.returncode == 4 and result.stderr.startswith("nowhere: ") and result.stderr.count("\n") == 1
+    assert result.returncode == 4 and "nowhere is not a run folder" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_real_port_that_is_not_there_is_a_hardware_error(tmp_path):

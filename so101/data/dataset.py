@@ -32,7 +32,7 @@ from so101.data.stats import (
 )
 from so101.data.video import VideoWriter, read_frames
 from so101.errors import DataError, UserError
-from so101.files import sync_file, sync_folder, write_atomic
+from so101.files import read_json, sync_file, sync_folder, write_atomic
 from so101.schema import ACTION, STATE, require_same
 
 
@@ -159,13 +159,8 @@ def _open_episode(folder: Path, info: dict[str, Any], row: dict[str, Any], data:
 
 def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / "meta" / "info.json"
-    try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing, so {folder} is not a dataset") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable: {error}") from None
-    version = info.get("codebase_version") if isinstance(info, dict) else None
+    info = read_json(path, DataError, f"; without it {folder} is not a dataset")
+    version = info.get("codebase_version")
     if not str(version).startswith("v3."):
         raise DataError(f"{path}: codebase_version is {version!r}; only {layout.VERSION} can be read")
     for key in ("fps", "features", "data_path", "video_path"):
@@ -218,7 +213,6 @@ class DatasetWriter:
         cameras: Mapping[str, tuple[int, int]],
         task: str,
         schema: dict[str, Any],
-        robot_type: str = "so101_follower",
     ) -> None:
         """Make a new, empty dataset, or go on after the last saved episode of one that is there.
 
@@ -232,7 +226,7 @@ class DatasetWriter:
         if self.folder.exists():
             self._require_made_so(schema)
         else:
-            _make(self.folder, layout.new_info(fps, cameras, schema, robot_type))
+            _make(self.folder, layout.new_info(fps, cameras, schema))
         self._info = _read_info(self.folder)
         self._take: _Take | None = None
         self._open = True
@@ -300,14 +294,12 @@ class DatasetWriter:
         closing_time: float,
         *,
         rewards: np.ndarray | None = None,
-        dones: np.ndarray | None = None,
-        truncateds: np.ndarray | None = None,
     ) -> int:
         """Save the episode in progress with its closing observation, and return its index.
 
-        `rewards`, `dones`, `truncateds` (T,) replace what the rows were added with. When this returns, the
-        episode is on the disk. Raises DataError for values that do not fit, and then nothing is lost;
-        UserError when the disk fails, and then the episode in progress is gone and those before it are whole.
+        `rewards` (T,) replace what the rows were added with. When this returns, the episode is on the disk.
+        Raises DataError for values that do not fit, and then nothing is lost; UserError when the disk fails, and
+        then the episode in progress is gone and those before it are whole.
         """
         if self._take is None:
             raise DataError("save_episode: the episode has no rows; add some, or discard it")
@@ -315,8 +307,11 @@ class DatasetWriter:
         self._check_frames(closing_frames)
         closing |= {layout.IMAGES + camera: closing_frames[camera] for camera in self.cameras}
         closing["capture_time"] = np.float64(closing_time)
-        given = {"next.reward": rewards, "next.done": dones, "next.truncated": truncateds}
-        columns = self._columns(self._take, {name: v for name, v in given.items() if v is not None})
+        if rewards is not None:
+            if rewards.shape != (self._take.length,):
+                raise DataError(f"rewards: got shape {rewards.shape}, the episode has {self._take.length} rows")
+            self._take.columns["next.reward"] = list(rewards)
+        columns = self._columns(self._take)
         with self._failing():
             row, stats = self._commit(self._take, columns, closing)
             self._take = None
@@ -389,15 +384,10 @@ class DatasetWriter:
                 got = f"{frames[camera].dtype} {frames[camera].shape}"
                 raise DataError(f"camera {camera}: got a {got} frame, must be uint8 {(*size, 3)} RGB")
 
-    def _columns(self, take: _Take, replaced: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _columns(self, take: _Take) -> dict[str, np.ndarray]:
         """The take as arrays, (T,) or (T, d), with the columns that follow from its place in the dataset."""
         rows = np.arange(take.length, dtype=np.int64)
-        columns = {}
-        for name, (dtype, _) in layout.COLUMNS.items():
-            values = np.asarray(replaced.get(name, take.columns[name]), dtype)
-            if values.shape[:1] != (take.length,) or (name in replaced and values.ndim != 1):
-                raise DataError(f"{name}: got shape {values.shape}, the episode has {take.length} rows")
-            columns[name] = values
+        columns = {name: np.asarray(take.columns[name], dtype) for name, (dtype, _) in layout.COLUMNS.items()}
         return columns | {
             "timestamp": (rows / self.fps).astype(np.float32),
             "frame_index": rows,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from so101.errors import DataError
-from so101.files import write_atomic
+from so101.files import read_json, write_atomic
 
 FORMS = ("success_start", "ranges", "all_fail")
 FORMS_HELP = '"success_start": frame, "ranges": [[start, end], ...] or "all_fail": true'
@@ -103,13 +103,9 @@ class Labels:
     def load(cls, path: Path | str) -> "Labels":
         """Read a label file. Raises DataError with file, episode and value for whatever does not fit."""
         path = Path(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable label file: {error}") from None
-        if not isinstance(content, dict) or set(content) != {"dataset", "episodes"}:
-            got = sorted(content) if isinstance(content, dict) else type(content).__name__
-            raise DataError(f'{path}: must hold "dataset" and "episodes" and nothing else, got {got}')
+        content = read_json(path, DataError)
+        if set(content) != {"dataset", "episodes"}:
+            raise DataError(f'{path}: must hold "dataset" and "episodes" and nothing else, got {sorted(content)}')
         name, episodes = content["dataset"], content["episodes"]
         if not isinstance(name, str) or not isinstance(episodes, dict):
             raise DataError(f'{path}: "dataset" must be the dataset\'s name and "episodes" an object')
@@ -143,10 +139,6 @@ class Labels:
             self.episodes.pop(episode, None)
         else:
             self.episodes[episode] = label
-
-    def skipped(self, episode: int) -> bool:
-        """Whether the episode is to be left out altogether."""
-        return episode in self.episodes and self.episodes[episode].skip
 
     def success(self, episode: int, length: int) -> np.ndarray | None:
         """Success of each observation of an episode of `length` rows, the closing one included.
@@ -245,11 +237,3 @@ def _is_said(value: Any) -> bool:
 
 def _plain(label: EpisodeLabel) -> dict[str, Any]:
     return {name: value for name, value in asdict(label).items() if _is_said(value) and value != []}
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"the key {name!r} is given twice in one object")
-    return dict(pairs)

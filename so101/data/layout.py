@@ -38,9 +38,7 @@ PLACE = {
 }
 
 
-def new_info(
-    fps: float, cameras: Mapping[str, tuple[int, int]], schema: dict[str, Any], robot_type: str
-) -> dict[str, Any]:
+def new_info(fps: float, cameras: Mapping[str, tuple[int, int]], schema: dict[str, Any]) -> dict[str, Any]:
     """info.json of an empty dataset; `cameras` are name -> (height, width).
 
     Raises DataError for a camera whose name or size cannot be used.
@@ -64,7 +62,7 @@ def new_info(
     features |= {name: _feature(dtype, 1, None) for name, dtype in PLACE.items()}
     return {
         "codebase_version": VERSION,
-        "robot_type": robot_type,
+        "robot_type": "so101_follower",
         "total_episodes": 0,
         "total_frames": 0,
         "total_tasks": 0,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from so101.errors import DataError
-from so101.files import sync_folder, write_atomic
+from so101.files import read_json, sync_folder, write_atomic
+from so101.learn.resnet10 import require_trunk
 from so101.learn.weights import read_safetensors, write_safetensors
 from so101.schema import require_same
 
@@ -22,13 +23,10 @@ from so101.schema import require_same
 class Checkpoint(NamedTuple):
     """What a checkpoint holds; `training_state` is what a resume needs beyond the tensors (optimizers)."""
 
-    path: Path
     step: int
     tensors: dict[str, Tensor]
     training_state: dict[str, Any]
     config: dict[str, Any]
-    schema: dict[str, Any]
-    trunk_hash: str
 
 
 def save_checkpoint(
@@ -79,40 +77,24 @@ def find_checkpoint(run_folder: Path) -> Path:
     return marker.parent / name
 
 
-def load_checkpoint(path: Path, schema: dict[str, Any] | None, trunk_hash: str | None) -> Checkpoint:
+def load_checkpoint(path: Path, schema: dict[str, Any], trunk_hash: str | None) -> Checkpoint:
     """Read a checkpoint's folder, or the one that a run folder's `last` names; tensors on the CPU.
 
     Raises DataError where a file is missing or damaged, or where it was made under another schema or for
-    another trunk. None for either is for a caller that takes them from the checkpoint.
+    another trunk than `trunk_hash` (None: whichever it was).
     """
     if (path / "checkpoints").is_dir():
         path = find_checkpoint(path)
-    about = _read_json(path / "schema.json")
+    hint = "; a checkpoint has four files"
+    about = read_json(path / "schema.json", DataError, hint)
     if set(about) != {"step", "schema", "trunk_hash"}:
         raise DataError(f"{path / 'schema.json'}: must hold step, schema and trunk_hash, got {', '.join(about)}")
-    if schema is not None:
-        require_same(about["schema"], schema, str(path))
-    if trunk_hash is not None and about["trunk_hash"] != trunk_hash:
-        raise DataError(
-            f"{path}: was trained on another encoder ({about['trunk_hash'][:12]}, here it is "
-            f"{trunk_hash[:12]}). Use the encoder weights it was trained with, or start a new run"
-        )
+    require_same(about["schema"], schema, str(path))
+    if trunk_hash is not None:
+        require_trunk(about["trunk_hash"], trunk_hash, str(path))
     tensors = read_safetensors(path / "model.safetensors")
     training_state = _read_training_state(path / "training_state.pt")
-    config = _read_json(path / "config.json")
-    return Checkpoint(path, about["step"], tensors, training_state, config, about["schema"], about["trunk_hash"])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); a checkpoint has four files") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: must hold a JSON object, got {type(content).__name__}")
-    return content
+    return Checkpoint(about["step"], tensors, training_state, read_json(path / "config.json", DataError, hint))
 
 
 def _read_training_state(path: Path) -> dict[str, Any]:

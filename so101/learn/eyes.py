@@ -7,10 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from so101.errors import DataError
 from so101.learn.link import Seen
 from so101.learn.replay import ViewEncoder
-from so101.learn.resnet10 import load_resnet10, trunk_hash
+from so101.learn.resnet10 import load_resnet10, require_trunk, trunk_hash
 from so101.learn.reward import load_reward
 
 
@@ -52,8 +51,7 @@ class Eyes:
 
     def require_trunk(self, other: str) -> None:
         """Refuse weights that were trained on another trunk's features."""
-        if other != self.trunk_hash:
-            raise DataError(f"weights: trained on encoder {other[:12]}, this one is {self.trunk_hash[:12]}")
+        require_trunk(other, self.trunk_hash, "weights")
 
     def reset(self) -> None:
         """An episode begins."""

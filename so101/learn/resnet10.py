@@ -124,3 +124,12 @@ def trunk_hash(trunk: ResNet10) -> str:
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def require_trunk(stored: str, here: str, where: str) -> None:
+    """Raises DataError where what was trained on one trunk's features meets another, told by `trunk_hash`."""
+    if stored != here:
+        raise DataError(
+            f"{where}: was trained on another encoder ({stored[:12]}, here it is {here[:12]}). Use the encoder "
+            "weights it was trained with, or train it anew"
+        )

@@ -3,6 +3,7 @@
 The trunk is frozen and everything above it is trained (reward_training.py).
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ from torch import Tensor, nn
 from so101 import config as settings
 from so101.config import option, require_within
 from so101.errors import ConfigError, DataError
-from so101.files import sha256
 from so101.learn.networks import CHANNELS, EMBEDDING, SpatialHead
-from so101.learn.resnet10 import STRIDE
-from so101.learn.weights import read_safetensors, write_safetensors
+from so101.learn.resnet10 import STRIDE, require_trunk
+from so101.learn.weights import load_strict, read_safetensors, write_safetensors
 from so101.schema import OPENING, TOOL_Z, require_same
 
 
@@ -159,7 +159,7 @@ def save_reward(
     about = RewardFile(
         schema,
         trunk_hash,
-        sha256(model),
+        hashlib.sha256(model.read_bytes()).hexdigest(),
         detector.threshold,
         detector.consecutive,
         detector.guard,
@@ -178,15 +178,11 @@ def load_reward(folder: Path, schema: dict[str, Any], trunk_hash: str) -> Succes
     except ConfigError as error:
         raise DataError(f"no usable reward classifier: {error}") from error
     require_same(about.schema, schema, str(folder / "reward.json"))
-    if about.trunk_hash != trunk_hash:
-        raise DataError(
-            f"{folder}: the classifier was trained on another encoder ({about.trunk_hash[:12]}, here it is "
-            f"{trunk_hash[:12]}). Use the encoder weights it was trained with, or train it anew"
-        )
+    require_trunk(about.trunk_hash, trunk_hash, str(folder))
     model = folder / "model.safetensors"
     stored = read_safetensors(model)
-    if sha256(model) != about.model_sha256:
+    if hashlib.sha256(model.read_bytes()).hexdigest() != about.model_sha256:
         raise DataError(f"{model}: is not the file that reward.json was written for; restore it or train anew")
     classifier = SuccessClassifier(len(schema["cameras"]), schema["image"]["image_size"] // STRIDE)
-    classifier.load_state_dict(stored)
+    load_strict(classifier, stored, str(model))
     return SuccessDetector(classifier, about.threshold, about.guard, about.consecutive)

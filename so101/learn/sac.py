@@ -8,14 +8,14 @@ import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from so101.config import option, require_within
-from so101.errors import ConfigError, DataError
+from so101.errors import ConfigError
 from so101.learn.networks import Critics, Policy, drop
 from so101.learn.replay import Batch
+from so101.learn.weights import load_strict
 from so101.schema import ACTION
 
 
@@ -82,10 +82,6 @@ class Sac(nn.Module):
         self.critic_optimizer = torch.optim.Adam(self._fast, config.lr, fused=True)
         self.actor_optimizer = torch.optim.Adam(self._actor, config.lr, fused=True)
         self.temperature_optimizer = torch.optim.Adam([self.log_temperature], config.lr, fused=True)
-
-    def act(self, features: Tensor, state: np.ndarray, deterministic: bool, generator: torch.Generator) -> np.ndarray:
-        """The policy's action for one observation; see Policy.act."""
-        return self.policy.act(features, state, deterministic, generator)
 
     def update_critic(self, batch: Batch) -> dict[str, Tensor]:
         """One step of critics and encoder towards the TD target: mean square over critics and batch."""
@@ -157,16 +153,12 @@ class Sac(nn.Module):
         """A copy on the CPU of all that the actor needs: normaliser, encoder and actor."""
         return {name: tensor.cpu().clone() for name, tensor in self.policy.state_dict().items()}
 
-    def load_policy(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `policy_tensors` gave. Raises DataError for a tensor missing, extra or misshapen."""
-        load_strict(self.policy, tensors, "policy weights")
-
     def tensors(self) -> dict[str, Tensor]:
         """A copy on the CPU of every network, target copies and temperature included."""
         return {name: tensor.cpu().clone() for name, tensor in self.state_dict().items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave, as strictly as `load_policy`."""
+        """Take over what `tensors` gave. Raises DataError for a tensor missing, extra or misshapen."""
         load_strict(self, tensors, "checkpoint")
 
     def training_state(self) -> dict[str, Any]:
@@ -188,20 +180,3 @@ class Sac(nn.Module):
             "actor": self.actor_optimizer,
             "temperature": self.temperature_optimizer,
         }
-
-
-def load_strict(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Load every tensor of `module`, or none: DataError names the first missing, extra or misshapen one."""
-    own = module.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in tensors]
-    wrong += [f"{name} is not one of this network's" for name in tensors if name not in own]
-    wrong += [
-        f"{name} is {list(tensors[name].shape)}, must be {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise DataError(
-            f"{where}: {wrong[0]} ({len(wrong)} of {len(own)} tensors do not fit); use the config it was trained with"
-        )
-    module.load_state_dict(tensors)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from so101.errors import DataError
-from so101.files import write_atomic
+from so101.files import parse_json, write_atomic
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,22 +39,29 @@ def read_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
         content = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path of the weight file") from error
-    return unpack(content, str(path))[0]
+    return unpack(content, str(path))
 
 
-def write_safetensors(
-    path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def write_safetensors(path: Path | str, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors as a .safetensors file that is whole or absent."""
-    write_atomic(Path(path), pack(tensors, metadata))
+    write_atomic(Path(path), pack(tensors))
 
 
-def pack(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+def load_strict(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Give a network its tensors. Raises DataError with torch's list of those missing, extra or misshapen."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise DataError(f"{where}: does not fit; use the config it was trained with. {said}") from None
+
+
+def pack(tensors: dict[str, torch.Tensor]) -> bytes:
     """The tensors as .safetensors bytes: widest dtype first, then by name, as the format's own writer does.
 
     Raises DataError for a dtype that the format, or this reader of it, does not have.
     """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, Any] = {}
     chunks: list[bytes] = []
     end = 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
@@ -69,8 +77,8 @@ def pack(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = Non
     return b"".join([struct.pack("<Q", len(text)), text, *chunks])
 
 
-def unpack(content: bytes, where: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata in .safetensors bytes.
+def unpack(content: bytes, where: str) -> dict[str, torch.Tensor]:
+    """The tensors in .safetensors bytes; other programs' metadata is passed over.
 
     Raises DataError, beginning with `where`, for anything the format does not allow.
     """
@@ -96,7 +104,7 @@ def unpack(content: bytes, where: str) -> tuple[dict[str, torch.Tensor], dict[st
         covered = end
     if covered != len(buffer):
         raise DataError(f"{where}: {len(buffer) - covered} bytes at the end belong to no tensor")
-    return tensors, metadata
+    return tensors
 
 
 def _split(content: bytes, where: str) -> tuple[dict[str, Any], memoryview]:
@@ -110,20 +118,12 @@ def _split(content: bytes, where: str) -> tuple[dict[str, Any], memoryview]:
             f"the file is truncated or is no .safetensors file"
         )
     try:
-        header = json.loads(content[8 : 8 + length].decode(), object_pairs_hook=_unique)
+        header = parse_json(content[8 : 8 + length].decode())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: the header is no valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise DataError(f"{where}: the header must be a JSON object, got {type(header).__name__}")
     return header, memoryview(content)[8 + length :]
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a name that stands twice, where json would keep the last."""
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return unique
 
 
 def _check_entry(name: str, entry: Any, size: int, where: str) -> tuple[torch.dtype, list[int], int, int]:
