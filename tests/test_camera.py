@@ -166,6 +166,107 @@ def test_a_camera_mounted_the_wrong_way_round_is_turned(tmp_path, degrees):
     assert np.abs(frame.astype(int) - upright).mean() < 10
 
 
+class Device:
+    """Stands in for cv2.VideoCapture on a camera: records what is asked, and gives `given` instead of it."""
+
+    PERIOD = 0.2  # s between frames: a rate is counted only after a second, so that the driver's word is judged here
+    given: dict[int, float] = {}
+    opened: list["Device"] = []
+
+    def __init__(self, source: int | str, backend: int, parameters: object = None) -> None:
+        self.source, self.backend, self.asked, self.frames = source, backend, {}, 0
+        self.opened.append(self)
+
+    def isOpened(self) -> bool:
+        return True
+
+    def set(self, setting: int, value: float) -> bool:
+        self.asked[setting] = value
+        return setting not in self.given
+
+    def get(self, setting: int) -> float:
+        return float(self.given.get(setting, self.asked.get(setting, 0)))
+
+    def read(self) -> tuple[bool, np.ndarray]:
+        time.sleep(self.PERIOD)
+        self.frames += 1
+        wanted = int(self.get(cv2.CAP_PROP_FRAME_WIDTH)), int(self.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        return True, cv2.resize(pattern(self.frames), wanted)
+
+    def release(self) -> None: ...
+
+
+@pytest.fixture
+def device(monkeypatch):
+    monkeypatch.setattr(Device, "opened", [])
+    monkeypatch.setattr(cv2, "VideoCapture", Device)
+    return lambda **given: monkeypatch.setattr(
+        Device, "given", {getattr(cv2, f"CAP_PROP_{name}"): value for name, value in given.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "source", "opened", "backend"),
+    [
+        ("linux", "2", "/dev/video2", cv2.CAP_V4L2),
+        ("linux", "/dev/null", "/dev/null", cv2.CAP_V4L2),
+        ("win32", "2", 2, cv2.CAP_DSHOW),
+        ("darwin", "2", 2, cv2.CAP_AVFOUNDATION),
+        ("freebsd14", "2", 2, cv2.CAP_ANY),
+    ],
+)
+def test_each_system_has_its_backend(device, monkeypatch, platform, source, opened, backend):
+    monkeypatch.setattr(sys, "platform", platform)
+    with closing(Camera("wrist", small(source), Clock())):
+        assert [(made.source, made.backend) for made in Device.opened] == [(opened, backend)]
+
+
+def test_format_then_size_then_rate_are_asked_for(device, capsys):
+    """Pain 19 and 20: a rate before the size fails, a format after it leaves YUYV; a turned camera's size is turned."""
+    config = CameraConfig("0", width=48, height=64, fps=25, rotate=90)
+    with closing(Camera("wrist", config, Clock())) as camera:
+        assert list(Device.opened[0].asked.items())[:4] == [
+            (cv2.CAP_PROP_FOURCC, int.from_bytes(b"MJPG", "little")),
+            (cv2.CAP_PROP_FRAME_WIDTH, 64),
+            (cv2.CAP_PROP_FRAME_HEIGHT, 48),
+            (cv2.CAP_PROP_FPS, 25),
+        ]
+        assert camera.latest()[0].shape == (64, 48, 3)
+        assert camera.format == "MJPG, 25/s by its driver" and camera.report() == ""
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("code", [0, -1, 2**32 - 1])
+def test_a_driver_that_does_not_say_its_format_is_not_accused(device, capsys, code):
+    device(FOURCC=code)
+    with closing(Camera("wrist", small("0"), Clock())) as camera:
+        assert camera.format == "format unknown, 30/s by its driver"
+    assert capsys.readouterr().err == ""
+
+
+def test_another_format_and_another_rate_than_asked_for_are_told(device, capsys):
+    """Pain 19: 16 to 19 frames/s where 30 were asked for, and nobody said why."""
+    device(FOURCC=int.from_bytes(b"YUYV", "little"), FPS=23)
+    with closing(Camera("wrist", small("0"), Clock())) as camera:
+        told = capsys.readouterr().err
+        assert told.startswith("warning: camera wrist: gives YUYV where MJPG is asked for; raw frames of 640x480 fill")
+        assert "147 Mbit/s" in told and "16 to 19 of 30 a second" in told and told.count("\n") == 1
+        slow = "camera wrist: 23.0 frames/s where 30 are asked for (YUYV, 23/s by its driver); more light"
+        assert camera.report().startswith(slow)
+
+
+def test_a_rate_of_which_little_is_missing_is_not_reported(device):
+    device(FPS=25)  # of 30: the line is drawn at 24
+    with closing(Camera("wrist", small("0"), Clock())) as camera:
+        assert camera.report() == ""
+
+
+def test_a_device_that_keeps_its_own_size_is_refused(device):
+    device(FRAME_WIDTH=640, FRAME_HEIGHT=480)
+    with pytest.raises(HardwareError, match="camera wrist: its frames are 640x480 where 64x48 is asked for"):
+        Camera("wrist", small("0"), Clock())
+
+
 def test_a_camera_that_is_not_there_is_named_with_those_that_are(tmp_path, monkeypatch):
     there = v4l2.Found("/dev/v4l/by-id/usb-A-video-index0", "/dev/video0", "A", [])
     monkeypatch.setattr(cameras, "find_cameras", lambda: [there])

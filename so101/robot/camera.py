@@ -21,11 +21,12 @@ import cv2
 import numpy as np
 
 from so101.config import option, require_within
-from so101.errors import ConfigError, EpisodeAborted, HardwareError
+from so101.errors import ConfigError, EpisodeAborted, HardwareError, tell
 from so101.robot.v4l2 import LINKS, device_of, find_cameras, lasting_name
 from so101.timing import Clock, Rate
 
 SETTLE_S = 5.0  # a USB camera's exposure takes seconds to settle, and its first frames may be black
+ENOUGH_FPS = 0.8  # of what was asked for; a camera in the dark, or on a full USB bus, gives half
 FLAT_STD = 0.02 * 255  # grey levels; a covered lens gives less in every colour
 BACKOFF_S = (0.2, 2.0)  # first and longest wait between two attempts to open a lost camera
 STREAM_TIMEOUTS = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 5000, cv2.CAP_PROP_READ_TIMEOUT_MSEC, 1000]
@@ -64,6 +65,8 @@ class Camera:
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
         self.name, self.config, self.clock = name, config, clock
         self.outages = 0  # times that `latest` had nothing to give, and then had again
+        self.format = ""  # as the driver says it
+        self._promised = 0.0  # frames/s, by the driver; 0 where it says none
         self._is_stream = "://" in config.source
         self._is_file = not config.source.isdigit() and os.path.isfile(config.source)
         self._pace = Rate(clock, 1 / config.fps) if self._is_file else None
@@ -110,9 +113,10 @@ class Camera:
     def report(self) -> str:
         """One plain sentence about what was not as it should be, or "" when all was well."""
         parts = []
-        if 0 < self.rate < self.config.fps / 2:
+        rate = self.rate or self._promised
+        if 0 < rate < ENOUGH_FPS * self.config.fps:
             parts.append(
-                f"{self.rate:.1f} frames/s where {self.config.fps} are asked for ({self.format}); "
+                f"{rate:.1f} frames/s where {self.config.fps} are asked for ({self.format}); "
                 "more light, a smaller size or a USB port of its own may help"
             )
         if self.outages:
@@ -228,9 +232,24 @@ class Camera:
         if wrong:
             capture.release()
             raise HardwareError(f"camera {self.name}: {wrong} ({LIST})")
-        code = (int(capture.get(cv2.CAP_PROP_FOURCC)) & 0xFFFFFFFF).to_bytes(4, "little").decode("ascii", "replace")
-        self.format = f"{code}, {capture.get(cv2.CAP_PROP_FPS):g}/s by its driver"
+        self._read_back(capture)
         return capture
+
+    def _read_back(self, capture: cv2.VideoCapture) -> None:
+        """Note what the driver says that it gives; the first time, warn where a device gives another format."""
+        number, promised, first = int(capture.get(cv2.CAP_PROP_FOURCC)), capture.get(cv2.CAP_PROP_FPS), not self.format
+        # Anything but four ASCII letters (0 or -1 mostly, on macOS always) is a driver that does not say.
+        code = number.to_bytes(4, "little").decode("ascii", "replace") if 0 < number < 1 << 31 else ""
+        self.format = f"{code or 'format unknown'}, {promised:g}/s by its driver"
+        if self._is_stream or self._is_file:
+            return
+        self._promised = promised
+        if first and code not in ("", "MJPG"):
+            tell(
+                f"warning: camera {self.name}: gives {code} where MJPG is asked for; raw frames of 640x480 fill the "
+                "USB bus (147 Mbit/s instead of 9), and 16 to 19 of 30 a second arrive. Set a width and height that "
+                f"it has in MJPG ({LIST})"
+            )
 
     def _why_not(self) -> str:
         source = self.config.source
