@@ -164,12 +164,13 @@ def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
         rig = _simulated(config, seed) if config.simulated else _real(config, stack)
         stack.callback(rig.teleop.close)
         if rig.teleop.leader is not None:
-            if said := swapped(rig.arm, rig.teleop.leader.arm):
+            leader = rig.teleop.leader.arm
+            if said := swapped((rig.arm.bus, rig.arm.calibration), (leader.bus, leader.calibration)):
                 raise HardwareError(said)
-            if said := unlike_ranges(rig.arm.calibration, rig.teleop.leader.arm.calibration):
+            if said := unlike_ranges(rig.arm.calibration, leader.calibration):
                 tell(f"leader and follower were not swept alike, so one does not mirror the other: {said}")
-            safety.connect(rig.teleop.leader.arm, "leader")
-            rig.teleop.leader.arm.configure()
+            safety.connect(leader, "leader")
+            leader.configure()
         rest = np.array(config.follower.rest)
         require_reachable("rig.follower.rest", rest, rig.arm)
         stack.callback(safety.safe_close, rig.arm, rig.clock, rest, rig.teleop.come_along)

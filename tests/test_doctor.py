@@ -4,20 +4,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from so101.config import load
+from so101.errors import ConfigError
 from so101.rig import RigConfig
-from so101.robot.arm import Arm
 from so101.robot.bus import ServoBus
 from so101.robot.calibration import Calibration, JointCalibration, save_calibration
-from so101.robot.probe import swapped
+from so101.robot.camera import require_lasting_names
+from so101.robot.probe import Wired, swapped
 from so101.schema import JOINTS
 from so101.sim.servos import SIM_CALIBRATION, SimPort, SimServos
 from so101.timing import Clock
-from so101.tools.doctor import Config, Finding, arms, check_dataset, jitter, main, watch
+from so101.tools.doctor import Config, Finding, arms, check_dataset, examine, jitter, machine, main, watch
 
 OTHER = Calibration(
     {
@@ -57,7 +59,7 @@ def test_the_simulated_rig_is_well() -> None:
     assert len(hardware) == 2 * (1 + 6 + 1) + 1
     assert {found[name]["level"] for name in hardware} == {"good"}
     assert found["leader gripper"]["found"] == "id 6, model 777, firmware 3.10, 7.4 V, 25 C, torque off"
-    assert {"torch device cpu", "disk", "clock", "config"} <= set(found)
+    assert {"torch device cpu", "disk of outputs", "clock", "config"} <= set(found)
 
 
 def test_each_ailment_has_its_line(live_arm, rig) -> None:
@@ -86,8 +88,8 @@ def test_each_ailment_has_its_line(live_arm, rig) -> None:
     )
     assert line("elbow_flex") == (
         "bad",
-        "gets 4.3 V, and is made for 4.0 .. 8.0: switch the arm's supply on (5 V, 5 A for 7.4 V motors), and check "
-        "its plug",
+        "gets 4.3 V, so it answers, but its motor has no power: switch the arm's supply on (5 V, 5 A for 7.4 V "
+        "motors), and check its plug",
         again,
     )
     assert line("wrist_flex") == (
@@ -122,8 +124,8 @@ def test_a_silent_motor_is_looked_for_at_other_speeds(live_arm, rig) -> None:
     live_arm.servos.store(0, "ID", 2)
     found = look(rig)
     assert found["follower shoulder_lift"].found == (
-        "id 2: replies collide, so two motors have the same id (or a cable is damaged). Leave one motor connected, "
-        "and give each its id with python -m so101.tools.setup"
+        "id 2: replies collide: two motors have the same id, a cable is damaged, or this is another device's port. "
+        "Leave one motor connected, and give each its id with python -m so101.tools.setup"
     )
     assert found["follower chain"].found.startswith("shoulder_pan (id 1) does not answer, and shoulder_lift behind it")
     assert found["follower motor 9"].found == "answers as id 9 at 1000000 baud; joints have ids 1 .. 6 at 1000000"
@@ -157,14 +159,45 @@ def test_the_calibration_of_another_arm(live_arm, rig) -> None:
     found = look(rig)["follower calibration"]
     assert (found.level, found.then) == ("bad", f"python -m so101.tools.calibrate port={live_arm.path}")
     assert found.found == (
-        f"not the one in the servos of {', '.join(JOINTS)}: {rig.parent}/follower.json is another arm's, or old"
+        f"{rig.parent}/follower.json: this calibration is not the one in the servos of {', '.join(JOINTS)}: "
+        "shoulder_pan's Homing_Offset is -412 in the servo, -405 in the calibration. Give the file that was made for "
+        "this arm, or calibrate it again with python -m so101.tools.calibrate"
     )
 
 
-def arm_with(held: Calibration, file: Calibration, volts: float = 7.4) -> Arm:
+def test_cameras_that_a_start_refuses_are_bad_here_too(live_arm, rig, monkeypatch) -> None:
+    content = json.loads(rig.read_text())
+    content["cameras"]["side"] = content["cameras"]["wrist"]
+    rig.write_text(json.dumps(content))
+    config = load(RigConfig, rig)
+    with pytest.raises(ConfigError) as refused:
+        require_lasting_names(config.cameras)
+    monkeypatch.setattr("so101.tools.doctor.arms", lambda rig: [])
+    found = {finding.what: finding for finding in examine(Config(rig=str(rig)))}
+    assert (found["cameras"].level, found["cameras"].found) == ("bad", str(refused.value))
+    assert "is the same camera as cameras." in found["cameras"].found
+
+
+def test_disk_space_is_measured_where_the_data_goes(tmp_path, monkeypatch) -> None:
+    """In outputs, which leads to another disk here, and where the dataset is to be, though it is not there yet."""
+    work, disk = tmp_path / "work", tmp_path / "disk"
+    (work / "outputs").mkdir(parents=True)
+    disk.mkdir()
+    free = {work / "outputs": 6e9, disk: 4e8, work: 1e12}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[Path(path)]))
+    monkeypatch.chdir(work)
+    found = {finding.what: finding for finding in machine(["outputs", f"{disk}/demos/cube"])}
+    assert (found["disk of outputs"].level, found["disk of outputs"].found) == ("good", "6.0 GB free")
+    assert (found[f"disk of {disk}/demos/cube"].level, found[f"disk of {disk}/demos/cube"].found) == (
+        "bad",
+        "0.4 GB free",
+    )
+
+
+def arm_with(held: Calibration, file: Calibration, volts: float = 7.4) -> Wired:
     servos = SimServos(held)
     servos.voltage[:] = volts
-    return Arm(ServoBus(SimPort(servos)), file)
+    return ServoBus(SimPort(servos)), file
 
 
 def test_leader_and_follower_swapped() -> None:

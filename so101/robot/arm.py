@@ -11,8 +11,8 @@ import numpy as np
 
 from so101.errors import HardwareError, SafetyStop, tell
 from so101.robot.bus import ServoBus, ServoError
-from so101.robot.calibration import Calibration
-from so101.robot.feetech import MODEL_STS3215, TICKS_PER_TURN
+from so101.robot.calibration import Calibration, explain_differences
+from so101.robot.probe import firmware_mix, read_chain
 from so101.schema import JOINTS
 from so101.signals import signals_held
 
@@ -33,8 +33,6 @@ GRIPPER_SETTINGS = {"Max_Torque_Limit": 500, "Protection_Current": 250, "Overloa
 SPEED_0_IS_MAX, MULTI_TURN = 0x08, 0x10
 VOLATILE = {"Maximum_Acceleration": 254, "Acceleration": 254, "Goal_Velocity": 0, "Goal_Time": 0}  # 0: the highest
 
-SUPPLY_MARGIN = 1.1  # a 7.4 V servo allows 8.0 V, and a full 8.4 V battery does it no harm; 12 V does
-NO_MOTOR_POWER = 4.5  # V; a 5 V supply reads 4.8 and more at the servos
 HOLD_PAST = 0.05  # rad or opening that a held joint's goal is past the joint: it pushes on with 13 % of its PWM
 HOLD_TORQUE, GRIP_TORQUE = 500, 200  # 0.1 %; an outstretched arm needs 300, and a gripper overloads at 250
 
@@ -75,24 +73,20 @@ class Arm:
     def connect(self) -> None:
         """Check that all six servos answer, are well supplied and hold this calibration. Moves nothing.
 
-        Parts that differ in model or firmware are only warned of, on stderr. Raises ServoError listing every
-        silent servo, HardwareError for a wrong supply and for every calibration value that differs.
+        What is odd but no danger (another model, mixed firmware, a hot motor) is only told, on stderr. Raises
+        HardwareError for a gap in the chain, two motors with one id, a wrong supply and another arm's calibration.
         """
-        silent = self._collect(lambda name: self.bus.ping(self._id(name)), JOINTS)
-        if len(silent) == len(JOINTS):
-            raise ServoError(
-                f"no servo answers: switch the arm's own power supply on; if it is on, this may be another "
-                f"device's port, or the cable to the first servo is loose. {silent[0]}"
-            )
-        if silent:
-            raise ServoError(
-                f"{len(silent)} of {len(JOINTS)} servos do not answer; check the power, and the cable "
-                f"before the first of them. " + "; ".join(silent)
-            )
-        found = self._eprom()
-        self._warn_of_other_parts(found)
-        self._require_supply(found)
-        self._require_calibration(found)
+        chain = read_chain(self.bus, self._ids)
+        for name, state in chain.items():
+            said = f"{self.bus.names.get(state.id, name)} {'; it '.join(state.complaints)}"
+            if not state.supplied:
+                raise HardwareError(said)
+            if state.complaints:
+                tell(said)
+        if mix := firmware_mix(chain.values()):
+            tell(f"{self.bus.port.name}: {mix}")
+        if foreign := explain_differences(self.calibration, {state.id: state.stored for state in chain.values()}):
+            raise HardwareError(f"{self.bus.port.name}: {foreign}")
 
     def configure(self) -> None:
         """Bring the servos' settings to ours. EPROM is written only where it differs, and so is not worn.
@@ -261,58 +255,6 @@ class Arm:
             except ServoError as error:
                 failures.append(str(error))
         return failures
-
-    def _warn_of_other_parts(self, found: dict[int, dict[str, int]]) -> None:
-        versions = {}
-        for servo_id, has in found.items():
-            name, model = self.bus.names.get(servo_id, str(servo_id)), has["Model_Number"]
-            versions[name] = f"{has['Firmware_Major_Version']}.{has['Firmware_Minor_Version']}"
-            if model != MODEL_STS3215:
-                tell(
-                    f"{name}: model {model}, an STS3215 is {MODEL_STS3215}; going on, but its settings may mean "
-                    f"something else"
-                )
-        if len(set(versions.values())) > 1:
-            said = ", ".join(f"{name} {version}" for name, version in versions.items())
-            tell(f"the servos' firmware differs: {said}; going on, but update them if replies fail")
-
-    def _require_supply(self, found: dict[int, dict[str, int]]) -> None:
-        for servo_id, tenths in self.bus.sync_read("Present_Voltage", self._ids).items():
-            name, volts = self.bus.names.get(servo_id, servo_id), tenths / 10
-            low, high = (found[servo_id][f"{end}_Voltage_Limit"] / 10 for end in ("Min", "Max"))
-            if volts > high * SUPPLY_MARGIN:
-                raise HardwareError(
-                    f"{name}: {volts:.1f} V on a servo for {low:.1f} .. {high:.1f} V: this supply is another arm's; "
-                    f"unplug it now, before it burns the servos"
-                )
-            if volts < max(low, NO_MOTOR_POWER):
-                raise HardwareError(
-                    f"{name}: {volts:.1f} V: it answers, but its motor has no power; switch the arm's supply on, "
-                    f"and check its plug"
-                )
-
-    def _require_calibration(self, found: dict[int, dict[str, int]]) -> None:
-        differing = []
-        for name in JOINTS:
-            joint = self.calibration.joints[name]
-            wanted = {
-                "Homing_Offset": joint.homing_offset,
-                "Min_Position_Limit": joint.range_min,
-                "Max_Position_Limit": joint.range_max,
-            }
-            for register, value in wanted.items():
-                stored = found[joint.id][register]
-                if stored != value:
-                    differing.append(f"{name}: {register} is {stored} in the servo, {value} in the calibration")
-        if not differing:
-            return
-        virgin = {"Homing_Offset": 0, "Min_Position_Limit": 0, "Max_Position_Limit": TICKS_PER_TURN - 1}
-        if all(has[register] == value for has in found.values() for register, value in virgin.items()):
-            raise HardwareError("this arm has never been calibrated; run `python -m so101.tools.calibrate` first")
-        raise HardwareError(
-            f"this calibration is not the one in the servos: {'; '.join(differing)}. Give the file "
-            f"that was made for this arm, or calibrate it again with so101.tools.calibrate"
-        )
 
     def _require_inside(self, verb: str, position: np.ndarray, tolerance: float, joints: Sequence[str]) -> None:
         inside = (position >= self._low - tolerance) & (position <= self._high + tolerance)  # NaN: False

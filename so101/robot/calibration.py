@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from so101.errors import ConfigError, DataError, HardwareError
-from so101.files import write_atomic
+from so101.files import read_json, write_atomic
 from so101.robot.feetech import MAX_ID, TICKS_PER_TURN, allowed_range
 from so101.schema import ARM_JOINTS, JOINTS
 
@@ -25,6 +25,7 @@ RANGE_TOLERANCE = 0.05  # of a joint's range: both arms have the same stops
 SMALLEST_RANGE_TICKS = 200  # 18 degrees; the gripper's, the smallest real one, is about 1250
 SEAM_MARGIN_TICKS = 100  # 9 degrees; nearer to 0 or 4095, a joint pressed on its stop could read from the other end
 HELD_TICK = TICKS_PER_TURN // 2 - 1  # what LeRobot makes a joint read in the pose that was held
+UNSWEPT = f"LeRobot from 0.4.3 on writes 0 .. {MAX_TICKS} for it, without a sweep"
 
 # What the servos keep, and the field that it is here.
 CALIBRATED = {
@@ -35,6 +36,8 @@ CALIBRATED = {
 
 # Where a joint's angle is 0: at the middle between its stops, or where the person held it.
 Zero = Literal["middle_of_range", "held_pose"]
+
+Stored = Mapping[int, Mapping[str, int]]  # what servos keep: {servo id: {register: value}}
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,31 @@ def _recentred(homing_offset: int, low: int, high: int) -> tuple[int, int]:
 _LEROBOT_KEYS = ("id", "drive_mode", "homing_offset", "range_min", "range_max")
 
 
+def differences(calibration: Calibration, stored: Stored) -> list[tuple[str, str, int | None, int]]:
+    """Joint, register, value in the servo, value in the calibration: wherever these two values differ."""
+    found = [
+        (name, register, stored.get(joint.id, {}).get(register), value)
+        for name, joint in calibration.joints.items()
+        for register, value in joint.registers.items()
+    ]
+    return [row for row in found if row[2] != row[3]]
+
+
+def explain_differences(calibration: Calibration, stored: Stored) -> str | None:
+    """What is to be said when the servos do not hold `calibration`; None when they do."""
+    found = differences(calibration, stored)
+    if not found:
+        return None
+    if all([held[register] for register in CALIBRATED] == [0, 0, MAX_TICKS] for held in stored.values()):
+        return "this arm has never been calibrated; run `python -m so101.tools.calibrate` first"
+    joint, register, held, value = found[0]
+    return (
+        f"this calibration is not the one in the servos of {', '.join(dict.fromkeys(row[0] for row in found))}: "
+        f"{joint}'s {register} is {held} in the servo, {value} in the calibration. Give the file that was made for "
+        f"this arm, or calibrate it again with python -m so101.tools.calibrate"
+    )
+
+
 def unlike_ranges(calibration: Calibration, other: Calibration) -> str:
     """The joints whose range is not the other arm's, in words: one was not swept to both stops. Empty: all alike.
 
@@ -196,7 +224,7 @@ def unlike_ranges(calibration: Calibration, other: Calibration) -> str:
     for name in ARM_JOINTS:
         here, there = ((each.joints[name].range_max - each.joints[name].range_min) for each in (calibration, other))
         if abs(here - there) > RANGE_TOLERANCE * max(here, there):
-            unswept = " (LeRobot from 0.4.3 on writes 0 .. 4095 unswept)" if MAX_TICKS in (here, there) else ""
+            unswept = f" ({UNSWEPT})" if MAX_TICKS in (here, there) else ""
             degrees = 360 / TICKS_PER_TURN
             unlike.append(f"{name} {here * degrees:.0f} degrees here, {there * degrees:.0f} there{unswept}")
     if not unlike:
@@ -214,15 +242,9 @@ def load_calibration(path: Path, lerobot_zero: Zero = "middle_of_range") -> Cali
     `lerobot_zero` the pose that was held when it was made.
     Raises ConfigError, naming file and joint, for whatever is missing, unknown or impossible.
     """
-    try:
-        content = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such calibration file; make one with so101.tools.calibrate") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as a calibration: {error}") from error
-    if not isinstance(content, dict) or set(content) != set(JOINTS):
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ConfigError(f"{path}: must hold exactly the joints {', '.join(JOINTS)}; got {found}")
+    content = read_json(Path(path), ConfigError, "; python -m so101.tools.calibrate makes one")
+    if set(content) != set(JOINTS):
+        raise ConfigError(f"{path}: must hold exactly the joints {', '.join(JOINTS)}; got {sorted(content)}")
     ours = any("zero_ticks" in entry for entry in content.values() if isinstance(entry, dict))
     joints = {name: _read_joint(f"{path}: {name}", content[name], ours) for name in JOINTS}
     _check_ids(f"{path}", joints)

@@ -3,17 +3,15 @@
 Reads only: nothing here moves a joint or changes a servo.
 """
 
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import serial
 
 from so101.errors import HardwareError
 from so101.robot import feetech
-from so101.robot.arm import NO_MOTOR_POWER, SUPPLY_MARGIN, Arm
 from so101.robot.bus import ServoBus, ServoError
-from so101.robot.calibration import Calibration
+from so101.robot.calibration import Calibration, differences
 from so101.robot.feetech import MODEL_STS3215, status_names
 from so101.robot.ports import BAUD
 from so101.schema import JOINTS
@@ -21,21 +19,28 @@ from so101.schema import JOINTS
 # Codes 0 to 4 of Baud_Rate. Documents give two values each for 5 to 7, so all of those are listened to.
 BAUDS = (BAUD, 500_000, 250_000, 128_000, 115_200, 76_800, 57_600, 38_400, 19_200)
 FIRST_REPLY_S = 0.2  # LeRobot allows a broadcast 3 ms for each id: enough up to id 60; new motors have 1
+LAST_REPLY_S = 0.8  # enough up to id 253
 SILENCE_S = 0.1  # after the last reply
 MOST_BYTES = 2048  # all 254 ids answer with 1524; more is a line that never falls silent
 COLLISION_READS = 8  # of a position: two motors of one id differ in it, and spoil each other's replies
 COLLISIONS = 4  # damaged replies of those that are no bad luck; a sound line has none
+SUPPLY_MARGIN = 1.1  # a 7.4 V servo allows 8.0 V, and a full 8.4 V battery does it no harm; 12 V does
+NO_MOTOR_POWER = 4.5  # V; a 5 V supply reads 4.8 and more at the servos
 TWELVE_VOLT_SUPPLY = 9.0  # V; above what 7.4 V motors bear, below what a 12 V supply sags to
-CALIBRATED = {"Homing_Offset": "homing_offset", "Min_Position_Limit": "range_min", "Max_Position_Limit": "range_max"}
 SETUP_COMMAND = "python -m so101.tools.setup"
 SILENT = (
     "no motor answers, though the USB adapter is there. Plug in the arm's power supply (USB does not feed the "
     "motors), check the cable from the board to the first motor, and on a Waveshare board set both jumpers to B (USB)"
 )
-COLLISION = (
-    "replies collide, so two motors have the same id (or a cable is damaged). Leave one motor connected, and give "
-    f"each its id with {SETUP_COMMAND}"
+ELSEWHERE = (
+    ". If all that is well, this is another device's port (python -m so101.tools.ports lists them), or the motors "
+    f"have another speed than {BAUD} baud (python -m so101.tools.doctor rig=... listens at the others too)"
 )
+COLLISION = (
+    "replies collide: two motors have the same id, a cable is damaged, or this is another device's port. Leave one "
+    f"motor connected, and give each its id with {SETUP_COMMAND}"
+)
+Wired = tuple[ServoBus, Calibration]  # an arm's line, and what the servos on it should hold
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class ServoState:
     max_temperature: int
     status: int  # feetech.STATUS_BITS
     torque: bool
+    stored: Mapping[str, int]  # what it keeps without power, by register
 
     def __str__(self) -> str:
         torque = "on" if self.torque else "off"
@@ -71,15 +77,16 @@ class ServoState:
         found = []
         if self.model != MODEL_STS3215:
             found.append(f"is model {self.model}, not an STS3215 ({MODEL_STS3215}): settings may mean other things")
-        made_for = f"gets {self.voltage:.1f} V, and is made for {self.min_voltage:.1f} .. {self.max_voltage:.1f}"
+        supply = f"gets {self.voltage:.1f} V, and is made for {self.min_voltage:.1f} .. {self.max_voltage:.1f}"
         if not self.supplied and self.voltage > self.max_voltage:
-            found.append(
-                f"{made_for}: unplug the power now; 7.4 V motors take a 5 V supply, only the 12 V kind takes 12"
-            )
+            found.append(f"{supply}: unplug the power now; 7.4 V motors take a 5 V supply, only the 12 V kind takes 12")
         elif not self.supplied:
-            found.append(f"{made_for}: switch the arm's supply on (5 V, 5 A for 7.4 V motors), and check its plug")
+            found.append(
+                f"gets {self.voltage:.1f} V, so it answers, but its motor has no power: switch the arm's supply on "
+                f"(5 V, 5 A for 7.4 V motors), and check its plug"
+            )
         elif self.status & 1:
-            found.append(f"{made_for}: check the supply and its plug")
+            found.append(f"{supply}: check the supply and its plug")
         if self.temperature >= self.max_temperature - 10:
             found.append(f"is at {self.temperature} C and stops at {self.max_temperature}: let it cool")
         if other := status_names(self.status & ~1):
@@ -87,11 +94,12 @@ class ServoState:
         return found
 
 
-def hear(port: serial.Serial, baud: int) -> tuple[list[int], bool]:
+def hear(port: serial.Serial, baud: int, patient: bool = False) -> tuple[list[int], bool]:
     """The ids that answer a PING to all at `baud`, one for each reply, and whether anything else was heard.
 
-    Motors with the same id speak at once, which comes out as that id twice, or as bytes that are no reply.
-    Leaves the port at `baud`. Raises HardwareError when the port fails.
+    Motors with the same id speak at once, which comes out as that id twice, or as bytes that are no reply. The reply
+    of an id above 60 may need a `patient` listener; others hear it as noise at a later speed. Leaves the
+    port at `baud`. Raises HardwareError when the port fails.
     """
     request = feetech.instruction_packet(feetech.BROADCAST_ID, feetech.PING)
     patience = port.timeout
@@ -99,7 +107,7 @@ def hear(port: serial.Serial, baud: int) -> tuple[list[int], bool]:
         port.baudrate = baud
         port.read(port.in_waiting)
         port.write(request)
-        port.timeout = FIRST_REPLY_S
+        port.timeout = LAST_REPLY_S if patient else FIRST_REPLY_S
         received = port.read(1)
         port.timeout = SILENCE_S
         while len(received) < MOST_BYTES and (more := port.read(MOST_BYTES)):
@@ -119,33 +127,60 @@ def hear(port: serial.Serial, baud: int) -> tuple[list[int], bool]:
 
 
 def inspect(bus: ServoBus, servo_id: int) -> ServoState | None:
-    """The state of one servo; None when it is silent. Raises ServoError when two motors answer to its id."""
-    damaged, state = damaged_replies(bus), None
-    with suppress(ServoError):  # silent, or worse: the count tells
-        state = _read_state(bus, servo_id)
+    """The state of one servo; None when it is silent.
+
+    Raises ServoError when two motors answer to its id, HardwareError when the port fails.
+    """
+    faults, damaged, state = bus.faults.total(), damaged_replies(bus), None
+    try:
+        with bus.impatient():
+            for _ in range(COLLISION_READS):
+                bus.read(servo_id, "Present_Position")
+        state = read_states(bus, [servo_id])[servo_id]
+    except ServoError as error:
+        if bus.faults.total() == faults:  # neither silence nor damage was met: nothing could be sent
+            raise HardwareError(str(error)) from error
     if damaged_replies(bus) - damaged >= COLLISIONS:
-        raise ServoError(f"id {servo_id}: {COLLISION}")
+        raise ServoError(f"{bus.names.get(servo_id, f'id {servo_id}')}: {COLLISION}")
     return state
 
 
-def _read_state(bus: ServoBus, servo_id: int) -> ServoState:
-    def read(register: str) -> int:
-        return bus.read(servo_id, register)
+def read_states(bus: ServoBus, ids: Sequence[int]) -> dict[int, ServoState]:
+    """The states of several servos, by id, in two transactions. ServoError at once when one is silent."""
+    with bus.impatient():
+        stored = bus.sync_read_span("Firmware_Major_Version", "Homing_Offset", ids)
+        now = bus.sync_read_span("Torque_Enable", "Status", ids)
+    return {
+        servo_id: ServoState(
+            id=servo_id,
+            model=kept["Model_Number"],
+            firmware=f"{kept['Firmware_Major_Version']}.{kept['Firmware_Minor_Version']}",
+            voltage=now[servo_id]["Present_Voltage"] / 10,
+            min_voltage=kept["Min_Voltage_Limit"] / 10,
+            max_voltage=kept["Max_Voltage_Limit"] / 10,
+            temperature=now[servo_id]["Present_Temperature"],
+            max_temperature=kept["Max_Temperature_Limit"],
+            status=now[servo_id]["Status"],
+            torque=now[servo_id]["Torque_Enable"] != 0,
+            stored=kept,
+        )
+        for servo_id, kept in stored.items()
+    }
 
-    for _ in range(COLLISION_READS):
-        read("Present_Position")
-    return ServoState(
-        id=servo_id,
-        model=read("Model_Number"),
-        firmware=f"{read('Firmware_Major_Version')}.{read('Firmware_Minor_Version')}",
-        voltage=read("Present_Voltage") / 10,
-        min_voltage=read("Min_Voltage_Limit") / 10,
-        max_voltage=read("Max_Voltage_Limit") / 10,
-        temperature=read("Present_Temperature"),
-        max_temperature=read("Max_Temperature_Limit"),
-        status=read("Status"),
-        torque=read("Torque_Enable") != 0,
-    )
+
+def read_chain(bus: ServoBus, ids: Sequence[int]) -> dict[str, ServoState]:
+    """The states of all six servos, by joint; `ids` in joint order. Two transactions where all is well.
+
+    Raises HardwareError, which names the gap in the chain or the motors with one id, and what to do.
+    """
+    try:
+        states = read_states(bus, ids)
+    except ServoError:  # asked one by one they tell who is silent, and who speaks at the same time
+        states = {servo_id: state for servo_id in ids if (state := inspect(bus, servo_id)) is not None}
+    chain = {name: states[servo_id] for name, servo_id in zip(JOINTS, ids, strict=True) if servo_id in states}
+    if gap := explain_gap(chain):
+        raise HardwareError(f"{bus.port.name}: {gap}{'' if chain else ELSEWHERE}")
+    return chain
 
 
 def damaged_replies(bus: ServoBus) -> int:
@@ -186,36 +221,24 @@ def firmware_mix(states: Iterable[ServoState]) -> str | None:
     return f"firmware differs: {said}. That works; should replies be lost, update all with Feetech's FD program"
 
 
-def differing_joints(bus: ServoBus, calibration: Calibration) -> list[str]:
-    """The joints whose servos do not hold what `calibration` says. Raises ServoError when a servo is silent."""
-    held = {register: bus.sync_read(register, calibration.ids) for register in CALIBRATED}
-    return [
-        name
-        for name, joint in calibration.joints.items()
-        if any(held[register][joint.id] != getattr(joint, field) for register, field in CALIBRATED.items())
-    ]
-
-
-def swapped(follower: Arm, leader: Arm) -> str | None:
+def swapped(follower: Wired, leader: Wired) -> str | None:
     """A sentence when each port seems to lead to the other arm; None when not, or when a servo is silent.
 
     Told by what calibration wrote into the servos, and by the supply: a leader is never fed 12 V.
     """
     advice = "exchange the two ports in the config (python -m so101.tools.ports wiggle=true tells which is which)"
-    with (
-        follower.bus.impatient(),
-        leader.bus.impatient(),
-        suppress(ServoError),
-    ):  # Arm.connect names every servo that is silent
-        for arm, other, name in ((follower, leader, "follower"), (leader, follower, "leader")):
-            if differing_joints(arm.bus, arm.calibration) and not differing_joints(arm.bus, other.calibration):
-                return f"leader and follower seem swapped: the {name}'s port leads to the other's servos; {advice}"
-        volts = [
-            max(arm.bus.sync_read("Present_Voltage", arm.calibration.ids).values()) / 10 for arm in (follower, leader)
-        ]
-        if volts[0] < TWELVE_VOLT_SUPPLY < volts[1]:
-            return (
-                f"leader and follower seem swapped: the follower's port leads to an arm with {volts[0]:.1f} V, the "
-                f"leader's to one with {volts[1]:.1f} V, which is a follower's supply; {advice}"
-            )
+    try:
+        states = [read_states(bus, calibration.ids) for bus, calibration in (follower, leader)]
+    except ServoError:  # Arm.connect says which servo is silent, and why
+        return None
+    for name, found, own, other in (("follower", states[0], follower, leader), ("leader", states[1], leader, follower)):
+        stored = {servo_id: state.stored for servo_id, state in found.items()}
+        if differences(own[1], stored) and not differences(other[1], stored):
+            return f"leader and follower seem swapped: the {name}'s port leads to the other's servos; {advice}"
+    volts = [max(state.voltage for state in found.values()) for found in states]
+    if volts[0] < TWELVE_VOLT_SUPPLY < volts[1]:
+        return (
+            f"leader and follower seem swapped: the follower's port leads to an arm with {volts[0]:.1f} V, the "
+            f"leader's to one with {volts[1]:.1f} V, which is a follower's supply; {advice}"
+        )
     return None

@@ -22,10 +22,14 @@ from so101.robot.arm import MULTI_TURN
 from so101.robot.bus import ServoBus
 from so101.robot.calibration import (
     CALIBRATED,
+    MAX_TICKS,
     SMALLEST_RANGE_TICKS,
+    UNSWEPT,
     Calibration,
+    Stored,
     Sweep,
     Zero,
+    differences,
     lerobot_text,
     load_calibration,
     numbered,
@@ -36,7 +40,7 @@ from so101.robot.calibration import (
 from so101.robot.feetech import TICKS_PER_TURN
 from so101.robot.kinematics import URDF_LIMITS
 from so101.robot.ports import open_port
-from so101.robot.probe import explain_gap, inspect
+from so101.robot.probe import read_chain
 from so101.runlog import table
 from so101.schema import ARM_JOINTS, JOINTS
 from so101.signals import signals_held
@@ -53,7 +57,6 @@ HELD_TOLERANCE_DEG = 15.0  # a pose held by eye is up to 10 degrees off
 ZERO_TOLERANCE_DEG = 2.0
 SINKS_TICKS = 100  # 9 degrees; as much as a limp arm may move while its servos are written
 DEG_PER_TICK = 360 / TICKS_PER_TURN
-Stored = dict[str, dict[str, int]]  # what each joint's servo keeps, by register
 
 # Where LeRobot keeps an arm's file; version 0.4.3 renamed the folders.
 LEROBOT_FOLDERS = {
@@ -125,11 +128,11 @@ def calibrate(config: Config, stack: ExitStack) -> int:
     for doubt in _doubts(sweep):
         print(f"warning: {doubt}")
     _require_alike(calibration, other, config.compare)
-    differences = _differences(calibration, stored)
-    print(differences or "the servos hold all this already")
+    differing = _table_of_differences(calibration, stored)
+    print(differing or "the servos hold all this already")
     ask(f"Press Enter to keep this (in {config.output} and the servos); Ctrl-C leaves all as it was.")
     _save(calibration, config)
-    if differences:
+    if differing:
         _write_servos(bus, calibration, stored, Path(config.output))
     print(f"next: test it with port={config.port} file={config.output} test=ruler, and the pair with test=mirror")
     return 0
@@ -145,14 +148,14 @@ def take_file(config: Config, stack: ExitStack) -> int:
         return 0
     bus = _open_bus(config, calibration.ids, stack)
     stored = _read_stored(bus)
-    differences = _differences(calibration, stored)
-    print(differences or f"the servos hold what {path} says")
-    if differences and config.write:
+    differing = _table_of_differences(calibration, stored)
+    print(differing or f"the servos hold what {path} says")
+    if differing and config.write:
         make_limp(bus, config.arm)
         _write_servos(bus, calibration, stored, Path(config.output or path))
-    elif differences:
+    elif differing:
         print("write=true writes the file to the servos; do that only with the file made for this very arm")
-    return int(bool(differences) and not config.write)
+    return int(bool(differing) and not config.write)
 
 
 def _open_bus(config: Config, ids: Iterable[int], stack: ExitStack) -> ServoBus:
@@ -160,9 +163,7 @@ def _open_bus(config: Config, ids: Iterable[int], stack: ExitStack) -> ServoBus:
     names = {servo_id: f"{config.arm} {joint}" for servo_id, joint in zip(ids, JOINTS, strict=True)}
     bus = ServoBus(open_port(config.port, "port"), names=names)
     stack.callback(bus.close)
-    gap = explain_gap([name for servo_id, name in zip(names, JOINTS, strict=True) if inspect(bus, servo_id)])
-    if gap is not None:
-        raise HardwareError(gap)
+    read_chain(bus, list(names))
     return bus
 
 
@@ -172,8 +173,7 @@ def _read_ticks(bus: ServoBus) -> np.ndarray:
 
 
 def _read_stored(bus: ServoBus) -> Stored:
-    stored = bus.sync_read_span("Min_Position_Limit", "Homing_Offset", list(bus.names))
-    return dict(zip(JOINTS, (stored[servo_id] for servo_id in bus.names), strict=True))
+    return bus.sync_read_span("Min_Position_Limit", "Homing_Offset", list(bus.names))
 
 
 def _sweep(bus: ServoBus) -> Sweep:
@@ -221,14 +221,9 @@ def _require_alike(calibration: Calibration, other: Calibration | None, source: 
         raise DataError(f"{source}: {unlike}; without compare= it is taken as it is")
 
 
-def _differences(calibration: Calibration, stored: Stored) -> str:
-    """A table of what the servos hold otherwise; empty when nothing."""
-    rows = [
-        [name, register, stored[name][register], value]
-        for name, joint in calibration.joints.items()
-        for register, value in joint.registers.items()
-        if stored[name][register] != value
-    ]
+def _table_of_differences(calibration: Calibration, stored: Stored) -> str:
+    """What the servos hold otherwise; empty when nothing."""
+    rows = differences(calibration, stored)
     return table(["joint", "register", "servo", "calibration"], rows) if rows else ""
 
 
@@ -238,7 +233,7 @@ def _write_servos(bus: ServoBus, calibration: Calibration, stored: Stored, besid
     Raises HardwareError for a calibration that puts a joint outside its range: it is another arm's.
     """
     joints = calibration.joints
-    moved = [stored[name]["Homing_Offset"] - joint.homing_offset for name, joint in joints.items()]
+    moved = [stored[joint.id]["Homing_Offset"] - joint.homing_offset for joint in joints.values()]
     expected = _read_ticks(bus) + np.array(moved)
     low, high = np.array([(joint.range_min, joint.range_max) for joint in joints.values()]).T
     outside = np.abs(to_half_turn(expected - (low + high) // 2)) > (high - low) / 2 + SINKS_TICKS
@@ -249,7 +244,7 @@ def _write_servos(bus: ServoBus, calibration: Calibration, stored: Stored, besid
             f"servos were not written. Sweep this arm from stop to stop"
         )
     old = {
-        name: replace(joint, **{field: stored[name][register] for register, field in CALIBRATED.items()})
+        name: replace(joint, **{field: stored[joint.id][register] for register, field in CALIBRATED.items()})
         for name, joint in joints.items()
     }
     kept = numbered(beside.with_stem(f"{beside.stem}.servos"))
@@ -257,8 +252,8 @@ def _write_servos(bus: ServoBus, calibration: Calibration, stored: Stored, besid
     print(f"what the servos hold is in {kept}")
     written = 0
     with signals_held():
-        for name, joint in joints.items():
-            wanted = joint.registers | {"Phase": stored[name]["Phase"] & ~MULTI_TURN}
+        for joint in joints.values():
+            wanted = joint.registers | {"Phase": stored[joint.id]["Phase"] & ~MULTI_TURN}
             written += sum(bus.write_eprom(joint.id, register, value) for register, value in wanted.items())
     print(f"{written} settings written to the servos and read back")
     off = np.abs(to_half_turn(_read_ticks(bus) - expected))
@@ -291,8 +286,13 @@ def _find(config: Config) -> Path:
 
 
 def _load(path: Path, config: Config) -> Calibration:
-    """Read `file`; ConfigError where it is to be converted and leaves it open where the angles are 0."""
+    """Read `file`, and tell of an unswept roll; ConfigError where a conversion leaves open where the angles are 0."""
     middle, held = load_calibration(path), load_calibration(path, "held_pose")
+    if (roll := middle.joints["wrist_roll"]).range_max - roll.range_min == MAX_TICKS:
+        print(
+            f"note: {path}: wrist_roll has no range of its own ({UNSWEPT}): its 0 is where it was held by eye, and its "
+            f"stops are unknown, so that it can be driven into them; sweep this arm for both"
+        )
     if config.output and config.zero is None and middle != held and (apart := _off_middle(held)):
         raise ConfigError(
             f"zero: {path} is LeRobot's, and does not say where 0 is: give zero=middle_of_range (as LeRobot's own "

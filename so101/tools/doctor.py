@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,17 +23,16 @@ from so101.data.dataset import open_dataset
 from so101.env import Camera as AnyCamera
 from so101.errors import EXIT_DONE, ConfigError, HardwareError, UserError
 from so101.rig import ArmConfig, RigConfig
-from so101.robot.arm import Arm
 from so101.robot.bus import ServoBus, ServoError
-from so101.robot.calibration import load_calibration
-from so101.robot.camera import Camera, CameraConfig
+from so101.robot.calibration import explain_differences, load_calibration
+from so101.robot.camera import ENOUGH_FPS, Camera, CameraConfig, require_lasting_names
 from so101.robot.ports import BAUD, PORTS_COMMAND, list_ports, open_port, permission_advice
 from so101.robot.probe import (
     BAUDS,
     SETUP_COMMAND,
     ServoState,
+    Wired,
     damaged_replies,
-    differing_joints,
     explain_gap,
     firmware_mix,
     hear,
@@ -49,7 +48,6 @@ LITTLE_SPACE, NO_SPACE = 5e9, 5e8  # bytes; 25 recorded episodes are about 0.1 G
 JITTER_PERIOD, JITTER_TICKS = 0.005, 100  # s
 LATE_S = 0.005  # a twentieth of a 10 Hz tick
 WATCH_CAMERA_S, LOOK_EVERY_S = 2.0, 0.005
-ENOUGH_FPS = 0.8  # of what was asked for
 
 
 @dataclass
@@ -89,7 +87,7 @@ def main(config: Config) -> int:
 
 def examine(config: Config) -> Iterator[Finding]:
     """Everything, one finding after the other."""
-    yield from machine()
+    yield from machine(["outputs"] if config.dataset is None else ["outputs", config.dataset])
     try:
         rig = RigConfig() if config.rig is None else load(RigConfig, config.rig)
         yield Finding("good", "config", f"{config.rig or 'the simulated rig'} loads")
@@ -97,14 +95,19 @@ def examine(config: Config) -> Iterator[Finding]:
         yield Finding("bad", "config", str(error), AGAIN)
     else:
         yield from arms(rig)
+        if not rig.simulated:
+            try:
+                require_lasting_names(rig.cameras)
+            except ConfigError as error:
+                yield Finding("bad", "cameras", str(error), "python -m so101.tools.camera")
         for name, camera in rig.cameras.items():
             yield check_camera(name, camera, rig.simulated)
     if config.dataset is not None:
         yield from check_dataset(config.dataset)
 
 
-def machine() -> Iterator[Finding]:
-    """Processors, disk, clock and serial ports."""
+def machine(folders: Iterable[str]) -> Iterator[Finding]:
+    """Processors, the disks of the folders that data goes to (there or not), clock and serial ports."""
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     about = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
     for device in devices:
@@ -115,10 +118,12 @@ def machine() -> Iterator[Finding]:
             name, worked = str(error).splitlines()[0], False
         then = "" if worked else "install the torch that fits this machine's driver (pytorch.org), or use device=cpu"
         yield Finding("good" if worked else "bad", f"torch device {device}", f"{name}; {about}", then)
-    free = shutil.disk_usage(".").free
-    level = "good" if free > LITTLE_SPACE else "warning" if free > NO_SPACE else "bad"
-    then = "" if level == "good" else "make room, or work in a folder on another disk"
-    yield Finding(level, "disk", f"{free / 1e9:.1f} GB free here", then)
+    for folder in folders:
+        path = Path(folder).absolute()
+        free = shutil.disk_usage(next(there for there in (path, *path.parents) if there.exists())).free
+        level = "good" if free > LITTLE_SPACE else "warning" if free > NO_SPACE else "bad"
+        then = "" if level == "good" else "make room, or give a folder on another disk"
+        yield Finding(level, f"disk of {folder}", f"{free / 1e9:.1f} GB free", then)
     late = jitter(Clock())
     level = "good" if late < LATE_S else "warning"
     then = "" if level == "good" else "close other programs, then run this again"
@@ -142,7 +147,7 @@ def jitter(clock: Clock) -> float:
 
 def arms(rig: RigConfig) -> Iterator[Finding]:
     """Ports, servos and calibrations of follower and leader, and whether the two are swapped."""
-    whole: dict[str, Arm] = {}
+    whole: dict[str, Wired] = {}
     with ExitStack() as stack:
         for name, config in {"follower": rig.follower, "leader": rig.leader}.items():
             if config is not None:
@@ -155,7 +160,7 @@ def arms(rig: RigConfig) -> Iterator[Finding]:
 
 
 def check_arm(
-    name: str, config: ArmConfig, simulated: bool, whole: dict[str, Arm], stack: ExitStack
+    name: str, config: ArmConfig, simulated: bool, whole: dict[str, Wired], stack: ExitStack
 ) -> Iterator[Finding]:
     """One arm; it joins `whole` when all its servos answer and its calibration can be read.
 
@@ -175,6 +180,8 @@ def check_arm(
         yield Finding("bad", f"{name} chain", gap, f"{SETUP_COMMAND} port={config.port} arm={name}", hardware=True)
         if isinstance(port, serial.Serial):
             yield from strangers(name, port)
+    states = [state for state in answering.values() if state is not None]
+    if len(states) < len(JOINTS):
         return
     what, then = f"{name} calibration", f"python -m so101.tools.calibrate port={config.port}"
     try:
@@ -184,34 +191,33 @@ def check_arm(
     except ConfigError as error:
         yield Finding("bad", what, str(error), then)
         return
-    whole[name] = Arm(bus, calibration)
-    if differing := differing_joints(bus, calibration):
-        found = f"not the one in the servos of {', '.join(differing)}: {config.calibration} is another arm's, or old"
-        yield Finding("bad", what, found, then)
+    whole[name] = bus, calibration
+    if foreign := explain_differences(calibration, {state.id: state.stored for state in states}):
+        yield Finding("bad", what, f"{config.calibration}: {foreign}", then)
     else:
         yield Finding("good", what, f"{config.calibration or 'the simulated one'} is the one in the servos")
 
 
-def check_servos(name: str, bus: ServoBus) -> Generator[Finding, None, list[str]]:
-    """A finding for each servo that answers and for all of them together; returns the joints that answer."""
-    states: dict[str, ServoState] = {}
-    collided = []
+def check_servos(name: str, bus: ServoBus) -> Generator[Finding, None, dict[str, ServoState | None]]:
+    """A finding for each servo that answers and for all of them together.
+
+    Returns the joints that answer with their states, None where two motors do.
+    """
+    answering: dict[str, ServoState | None] = {}
     for servo_id, joint in enumerate(JOINTS, start=1):
         try:
-            state = inspect(bus, servo_id)
+            if (state := inspect(bus, servo_id)) is not None:
+                answering[joint] = state
+                yield servo_finding(f"{name} {joint}", state)
         except ServoError as error:
-            collided.append(joint)
+            answering[joint] = None
             yield Finding("bad", f"{name} {joint}", str(error), SETUP_COMMAND, hardware=True)
-            continue
-        if state is not None:
-            states[joint] = state
-            yield servo_finding(f"{name} {joint}", state)
-    if mix := firmware_mix(states.values()):
+    if mix := firmware_mix(filter(None, answering.values())):
         yield Finding("warning", f"{name} firmware", mix, "nothing, while no replies are lost")
-    if (damaged := damaged_replies(bus)) and not collided:
+    if (damaged := damaged_replies(bus)) and None not in answering.values():
         found = f"{damaged} replies came damaged: a loose plug, a worn cable, or another program on the port"
         yield Finding("warning", f"{name} line", found, "push all plugs in, then run this again")
-    return [joint for joint in JOINTS if joint in states or joint in collided]
+    return answering
 
 
 def servo_finding(what: str, state: ServoState) -> Finding:

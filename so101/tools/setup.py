@@ -17,7 +17,7 @@ from so101.config import launch, option
 from so101.errors import ConfigError, HardwareError, UserError
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.ports import BAUD, open_port
-from so101.robot.probe import BAUDS, COLLISION, SILENT, explain_gap, firmware_mix, hear, inspect
+from so101.robot.probe import BAUDS, COLLISION, SILENT, firmware_mix, hear, inspect, read_chain
 from so101.schema import JOINTS
 
 GEARS = {"follower": ["1/345"] * 6, "leader": ["1/191", "1/345", "1/191", "1/147", "1/147", "1/147"]}
@@ -88,15 +88,20 @@ def _set_up(port: serial.Serial, servo_id: int, done: dict[int, str]) -> str:
 
 def _only_motor(port: serial.Serial) -> tuple[int, int]:
     """Baud and id of the one motor that answers; leaves the port at that baud. HardwareError for none or several."""
-    for baud in BAUDS:
-        ids, noise = hear(port, baud)
-        if len(set(ids)) > 1:
-            listed = ", ".join(str(servo_id) for servo_id in sorted(set(ids)))
-            raise HardwareError(f"{len(set(ids))} motors answer, with ids {listed}: leave only one connected")
-        if len(ids) > 1 or (noise and not ids):
-            raise HardwareError(COLLISION)
-        if ids:
-            return baud, ids[0]
+    for patient in (False, True):
+        if patient:
+            print("no clear answer yet; listening on for motors with high ids, which takes 10 seconds", flush=True)
+            hear(port, BAUD, patient)  # what answers late to the first round has come when this ends
+        for baud in BAUDS:
+            ids, noise = hear(port, baud, patient)
+            if len(set(ids)) > 1:
+                listed = ", ".join(str(servo_id) for servo_id in sorted(set(ids)))
+                raise HardwareError(f"{len(set(ids))} motors answer, with ids {listed}: leave only one connected")
+            # Noise may be a high id's reply that comes when another speed is listened to already.
+            if len(ids) > 1 or (noise and not ids and patient):
+                raise HardwareError(COLLISION)
+            if ids:
+                return baud, ids[0]
     raise HardwareError(SILENT)
 
 
@@ -114,16 +119,12 @@ def _to_full_speed(port: serial.Serial, bus: ServoBus, servo_id: int) -> None:
 
 def _check_chain(port: serial.Serial) -> str:
     """Look at all six in their places. Raises HardwareError naming the first gap."""
-    bus, states = ServoBus(port), {}
-    for servo_id, joint in enumerate(JOINTS, start=1):
-        if (state := inspect(bus, servo_id)) is not None:
-            states[joint] = state
-            print(f"{joint}: {state}")
-            for complaint in state.complaints:
-                print(f"warning: {joint} {complaint}")
-    if gap := explain_gap(states):
-        raise HardwareError(gap)
-    if mix := firmware_mix(states.values()):
+    chain = read_chain(ServoBus(port), range(1, len(JOINTS) + 1))
+    for joint, state in chain.items():
+        print(f"{joint}: {state}")
+        for complaint in state.complaints:
+            print(f"warning: {joint} {complaint}")
+    if mix := firmware_mix(chain.values()):
         print(f"warning: {mix}")
     return "all six motors answer"
 
