@@ -1,7 +1,7 @@
 """Record demonstrations from the leader arm, with live labels, into a dataset that is never overwritten.
 
     python record.py                                   the simulated arm and a scripted person
-    python record.py --config configs/my_rig.json dataset=outputs/cube episodes=25
+    python record.py --config configs/record_positive.json episodes=30 resume=true
     python record.py resume=true                       go on after an interruption
 
 The leader drives from the first tick. The success key marks where success starts and recording goes on,

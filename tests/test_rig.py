@@ -91,13 +91,16 @@ def test_swapped_arms_stop_the_start(tmp_path, video):
 
 def test_the_real_path_drives_a_served_arm_over_a_pseudo_terminal(tmp_path, video):
     """serial.Serial, calibration from a file, a real clock: what a real arm would run through."""
-    save_calibration(tmp_path / "arm.json", SIM_CALIBRATION)
     command = [sys.executable, "-u", "-m", "so101.tools.serve_sim"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         line = server.stdout.readline()
         port = line.strip()
         rig_json = {
-            "follower": {"port": port, "calibration": str(tmp_path / "arm.json"), "rest": [0, 0, 0, 0, 0, 0.05]},
+            "follower": {
+                "port": port,
+                "calibration": str(Path(port).parent / "calibration.json"),
+                "rest": [0, 0, 0, 0, 0, 0.05],
+            },
             "leader": None,
             "cameras": {"wrist": {"source": video, "width": 64, "height": 48}},
         }

@@ -37,8 +37,8 @@ MAX_STEP = 0.5  # rad, largest motion of a joint in one iteration
 SETTLED = 1e-3  # rad; a tilt, or a motion, too small to go on turning for
 POLISH = 3  # iterations kept for the position alone, when it is not reached by then
 
-# The URDF's joint ranges, (low, high) in rad. For tests: a real arm's limits are its calibrated ranges, and
-# the usual rest pose lies outside of these.
+# The URDF's joint ranges, (low, high) in rad: what a whole sweep covers. A real arm's limits are its calibrated
+# ranges, and the usual rest pose lies outside of these.
 URDF_LIMITS = np.array(
     [
         (-1.91986, 1.91986),

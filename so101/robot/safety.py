@@ -42,7 +42,7 @@ class SafetyConfig:
     max_temperature: float = option(65.0, "servo temperature in deg C that is too hot (the servo's own limit is 70)")
     temperature_action: Act = option("stop", "what to do about a servo that is too hot")
     min_voltage: float = option(4.5, "lowest supply in V")
-    max_voltage: float = option(8.5, "highest supply in V (for 7.4 V servos; 13 for 12 V ones)")
+    max_voltage: float = option(8.8, "highest supply in V (for 7.4 V servos, as at the start; 13 for 12 V ones)")
     voltage_action: Act = option("stop", "what to do about a supply outside of that")
     max_current: float = option(2.5, "highest servo current in A (a stalled STS3215 draws about 2.7)")
     current_action: Act = option("stop", "what to do about a higher current")

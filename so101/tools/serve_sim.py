@@ -1,7 +1,8 @@
 """Puts a simulated arm on a pseudo-terminal, in real time, so that any program can talk to it.
 
 Prints the path of the follower's port, then with leader=true that of the leader's, each on a line of its own, and
-runs until it is stopped. `python -m so101.tools.serve_sim leader=true`
+runs until it is stopped. The calibration that both arms hold lies beside the ports, as calibration.json.
+`python -m so101.tools.serve_sim leader=true`
 
 Each line of JSON on stdin is something that happens, at once or `after` some seconds (so101/sim/script.py lists
 all there is):
@@ -31,10 +32,11 @@ import numpy as np
 from so101.config import launch, option, require_within
 from so101.errors import ConfigError, HardwareError
 from so101.rig import ArmConfig
+from so101.robot.calibration import save_calibration
 from so101.robot.kinematics import jaw_angle
 from so101.schema import JOINTS
 from so101.sim.script import play, read_event
-from so101.sim.servos import BAUDS, Faults, SimPort, SimServos
+from so101.sim.servos import BAUDS, SIM_CALIBRATION, Faults, SimPort, SimServos
 from so101.timing import SUBSTEP, Clock
 
 if os.name == "posix":
@@ -62,6 +64,8 @@ def main(config: Config) -> None:
     clock, stop = Clock(), threading.Event()
     ports: dict[str, SimPort] = {}
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="so101-") as folder:
+        if not config.factory:
+            save_calibration(Path(folder, "calibration.json"), SIM_CALIBRATION)
         for seed, name in enumerate(("follower", "leader") if config.leader else ("follower",)):
             ports[name] = port = _new_arm(config, seed)
             terminal = Terminal(Path(folder, name))
