@@ -204,6 +204,7 @@ class Env:
         self.teleop.follow(self._position)
         late = self.rate.wait()
         observation = self._observe()
+        self.rate.drop_short()  # the read may have outlasted it, in an outage say
         success, failure = self._verdict(human.events, observation)
         self._steps += 1
         terminated = (success and self.success_ends) or failure

@@ -162,6 +162,7 @@ def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
     """
     with ExitStack() as stack:
         rig = _simulated(config, seed) if config.simulated else _real(config, stack)
+        stack.callback(_report_faults, rig)  # last: the way to rest is on the same lines
         stack.callback(rig.teleop.close)
         if rig.teleop.leader is not None:
             leader = rig.teleop.leader.arm
@@ -175,7 +176,6 @@ def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
         require_reachable("rig.follower.rest", rest, rig.arm)
         stack.callback(safety.safe_close, rig.arm, rig.clock, rest, rig.teleop.come_along)
         safety.safe_start(rig.arm)
-        stack.callback(_report_faults, rig)
         try:
             yield rig
         except (HardwareError, SafetyStop):

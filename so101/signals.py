@@ -5,6 +5,7 @@ instants in which a signal is lost, or cuts in two what must happen as a whole, 
 """
 
 import math
+import os
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if h
 BOUNCE = 0.3  # s; a second Ctrl-C so soon is the first one's, and must not interrupt the way out that it began
 
 _held: list[int] | None = None  # the signals that came while somebody holds them up; None while nobody does
-_came_at = -math.inf
+_came_at = -math.inf  # s; when the last one came
 
 
 def take_signals() -> None:
@@ -28,11 +29,26 @@ def take_signals() -> None:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _came_at
-    if _held is not None:
-        _held.append(number)
-    elif time.monotonic() - _came_at > BOUNCE:
+    if number == getattr(signal, "SIGHUP", None):
+        _mute_what_is_lost()
+    if time.monotonic() - _came_at > BOUNCE:
         _came_at = time.monotonic()
+        _deliver(number)
+
+
+def _deliver(number: int) -> None:
+    if _held is None:
         raise KeyboardInterrupt
+    _held.append(number)
+
+
+def _mute_what_is_lost() -> None:
+    """Where the terminal is gone, what is said goes nowhere from here on, instead of raising on the way to rest."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @contextmanager
@@ -52,4 +68,4 @@ def signals_held() -> Iterator[list[int]]:
     finally:
         _held = outer
         if came:
-            _on_signal(came[-1], None)
+            _deliver(came[-1])

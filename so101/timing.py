@@ -74,3 +74,12 @@ class Rate:
             self.clock.sleep_until(self._deadline)
         self._deadline += self.period
         return max(0.0, late)
+
+    def drop_short(self) -> None:
+        """After work that left less than a quarter of the period under way: count it as missed, start anew from now.
+
+        Nothing moves in a tick that short, and a velocity measured over it is noise, or 0 / 0.
+        """
+        if self._deadline - self.clock.now() < self.period / 4:
+            self.overruns += 1
+            self.restart()

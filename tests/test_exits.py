@@ -1,9 +1,10 @@
-"""Every way out of record.py, as a real process: what the last bytes on the servos' line were, and where the arm is.
+"""Every way out of what moves an arm, as a real process: the last bytes on the servos' lines, and where the arm is.
 
 On the pseudo-terminal this process is the arm and listens to each byte; in the simulation the program tells at its
 end how it left the servos. The number of instants is small by default; `-m slow` makes it 50 of each.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -48,18 +49,25 @@ class Listened(LiveArm):
         write = self.port.write
 
         def listen(data: bytes) -> int:
-            self.sent.append(data)
+            rest = data  # what is not acknowledged may come in one piece with what follows it
+            while rest:
+                size = 4 + rest[3]
+                self.sent.append(rest[:size])
+                rest = rest[size:]
             return write(data)
 
         self.port.write = listen  # type: ignore[method-assign]
 
-    def is_at_rest_and_limp(self) -> bool:
-        """Whether it lies where it may, and the last that it was told, joint by joint, was to let go."""
-        told = [(data[2], data[4:7]) for data in self.sent[-6:]]
-        let_go = told == [(servo_id, b"\x03\x28\x00") for servo_id in IDS]
+    def was_let_go(self) -> bool:
+        """Whether the last that it was told, joint by joint, was to let go."""
+        last = itertools.takewhile(lambda data: data[4:7] == b"\x03\x28\x00", reversed(self.sent))
+        let_go = {data[2] for data in last} == set(IDS)  # where replies are late, some more than once
         unused = not any(STARTED in data for data in self.sent)  # interrupted before it was ever switched on
-        lies = np.abs(self.servos.angle[:5] - REST[:5]).max() < AT_REST
-        return bool(lies and not self.servos.torque_on.any() and (let_go or unused))
+        return bool(not self.servos.torque_on.any() and (let_go or unused))
+
+    def is_at_rest_and_limp(self) -> bool:
+        """Whether it also lies where it may."""
+        return bool(self.was_let_go() and np.abs(self.servos.angle[:5] - REST[:5]).max() < AT_REST)
 
 
 class Workplace:
@@ -78,15 +86,13 @@ class Workplace:
             name: {"port": str(folder / name), "calibration": str(folder / "arm.json")}
             for name in ("follower", "leader")
         }
-        config = {
-            "dataset": str(self.dataset),
-            "episodes": 1000,
-            "resume": True,
-            "rig": {**arms, "cameras": {"wrist": {"source": str(folder / "camera.avi"), "width": 64, "height": 48}}},
-            "env": {"reset_time_s": 0.1, "control_time_s": 0.8},
-            "preprocess": {"crop": [0, 8, 48, 48], "image_size": 32},
-        }
-        (folder / "record.json").write_text(json.dumps(config))
+        rig = {**arms, "cameras": {"wrist": {"source": str(folder / "camera.avi"), "width": 64, "height": 48}}}
+        env = {"reset_time_s": 0.1, "control_time_s": 0.8}
+        preprocess = {"crop": [0, 8, 48, 48], "image_size": 32}
+        task = {"rig": rig, "env": env, "preprocess": preprocess}
+        record = {"dataset": str(self.dataset), "episodes": 1000, "resume": True, **task}
+        for name, config in {"record": record, "teleoperate": task, "goto": {"rig": rig, "env": env}}.items():
+            (folder / f"{name}.json").write_text(json.dumps(config))
         self.processes: list[subprocess.Popen[bytes]] = []
         self._wave()
 
@@ -96,29 +102,46 @@ class Workplace:
         servos.move_by_hand(servos.angle + [0.02 * np.cos(servos.now), 0, 0, 0, 0, 0])
         servos.after(0.1, self._wave)
 
-    def record(self) -> "subprocess.Popen[bytes]":
-        """record.py, from its first byte on the line on."""
+    def record(self, *settings: str, before: str = "", terminal: int | None = None) -> "subprocess.Popen[bytes]":
+        """record.py, from its first byte on the line on; see `start`."""
+        return self.start("record", *settings, before=before, terminal=terminal)
+
+    def start(
+        self, name: str, *settings: str, before: str = "", terminal: int | None = None
+    ) -> "subprocess.Popen[bytes]":
+        """record, or one of the tools, from its first byte on the line on.
+
+        `before` is done in its process first. `terminal` is the end of a pseudo-terminal that is to be its own.
+        """
         self.follower.sent.clear()
+        self.leader.sent.clear()
+        module = name if name == "record" else f"so101.tools.{name}"
+        run = f"{before}\nimport runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        screen = subprocess.DEVNULL if terminal is None else terminal
         with open(self.folder / "errors.txt", "w") as errors:
             process = subprocess.Popen(
-                [sys.executable, "record.py", "--config", str(self.folder / "record.json")],
-                cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+                [sys.executable, "-c", run, "--config", str(self.folder / f"{name}.json"), *settings],
+                cwd=ROOT, env=ENVIRONMENT, stdin=screen, stdout=screen, stderr=errors,
+                start_new_session=terminal is not None,
             )  # fmt: skip
         self.processes.append(process)
-        while not self.follower.sent:
-            assert process.poll() is None, self.errors()
-            time.sleep(0.01)
+        self.wait_for(lambda: self.follower.sent, process)
         return process
 
     def errors(self) -> str:
         """What record.py has said on stderr."""
         return (self.folder / "errors.txt").read_text()
 
-    def end(self, process: "subprocess.Popen[bytes]") -> tuple[int, str]:
-        """Its exit code, and what it said on stderr, without a traceback."""
-        code = process.wait(60)
-        assert "Traceback" not in self.errors(), self.errors()
-        return code, self.errors()
+    def end(self, process: "subprocess.Popen[bytes]", bug: str = "") -> tuple[int, str]:
+        """Its exit code, and what it said on stderr, with a traceback only for a `bug` (its last line)."""
+        code, errors = process.wait(60), self.errors()
+        assert errors.endswith(f"{bug}\n") if bug else "Traceback" not in errors, errors
+        return code, errors
+
+    def require_safe(self) -> None:
+        """The follower is at rest, and both arms were told to let go."""
+        assert self.follower.is_at_rest_and_limp(), (self.errors(), self.follower.sent[-8:])
+        assert self.leader.was_let_go(), (self.errors(), self.leader.sent[-8:])
 
     def finished(self) -> int:
         """How many episodes there are, each of which reads back."""
@@ -137,11 +160,11 @@ class Workplace:
         self.follower.close()
         self.leader.close()
 
-
-def wait_for(happened: Callable[[], object], process: "subprocess.Popen[bytes]") -> None:
-    while not happened():
-        assert process.poll() is None
-        time.sleep(0.01)
+    def wait_for(self, happened: Callable[[], object], process: "subprocess.Popen[bytes]") -> None:
+        """Return when it has happened, while the process runs."""
+        while not happened():
+            assert process.poll() is None, self.errors()
+            time.sleep(0.01)
 
 
 def interrupted(place: Workplace, instants: list[tuple[float, signal.Signals]]) -> None:
@@ -152,8 +175,7 @@ def interrupted(place: Workplace, instants: list[tuple[float, signal.Signals]]) 
         process.send_signal(number)
         code, errors = place.end(process)
         assert code == 130 and errors.splitlines()[-1] == "interrupted", (instant, errors)
-        assert place.follower.is_at_rest_and_limp(), (instant, errors, place.follower.sent[-8:])
-        assert not place.leader.servos.torque_on.any(), (instant, errors)
+        place.require_safe()
         place.finished()
 
 
@@ -169,28 +191,28 @@ def killed(place: Workplace, instants: list[float]) -> None:
         assert ("the arm still holds, from a program that was killed" in errors) == held, (instant, errors)
         assert place.finished() >= had
         had = place.finished()
-    assert place.follower.is_at_rest_and_limp(), errors
+    place.require_safe()
 
 
 def overheated(place: Workplace) -> None:
     """A safety stop brings the arm to rest as well, and has its exit code."""
     process = place.record()
-    wait_for(place.dataset.exists, process)
+    place.wait_for(place.dataset.exists, process)
     place.follower.play(fault="temperature", ids=[3], value=68)
     code, errors = place.end(process)
     assert code == 5, errors
     assert errors.endswith("elbow_flex: servo at 68 deg C; let it cool before going on\n")
-    assert place.follower.is_at_rest_and_limp(), errors
+    place.require_safe()
 
 
 def blocked(place: Workplace) -> None:
     """An arm that cannot come to rest is held with half its torque until somebody presses Ctrl-C."""
     process = place.record()
-    wait_for(place.dataset.exists, process)
+    place.wait_for(place.dataset.exists, process)
     servos = place.follower.servos
     process.send_signal(signal.SIGTERM)
     servos.block([1])
-    wait_for(
+    place.wait_for(
         lambda: "It holds with reduced torque: support it, then press Ctrl-C to release it" in place.errors(), process
     )
     assert "shoulder_lift: 0.3" in place.errors()
@@ -200,18 +222,130 @@ def blocked(place: Workplace) -> None:
     process.send_signal(signal.SIGINT)
     code, errors = place.end(process)
     assert code == 130 and "interrupted again: the arm was released where it was" in errors
-    assert not servos.torque_on.any()
+    assert place.follower.was_let_go(), place.follower.sent[-8:]
+    assert place.leader.was_let_go(), place.leader.sent[-8:]
 
 
 def unplugged(place: Workplace) -> None:
     """An adapter that is pulled out for good ends the program in words, within its patience."""
     process = place.record()
-    wait_for(place.dataset.exists, process)
+    place.wait_for(place.dataset.exists, process)
     place.follower.play(fault="unplug")
     code, errors = place.end(process)
     assert code == 3, errors
     assert "It may still hold: support it, and cut its power" in errors
+    assert place.leader.was_let_go()
     place.finished()
+
+
+def finished_by_itself(place: Workplace) -> None:
+    """All its episodes reached: exit code 0."""
+    code, errors = place.end(place.record("episodes=2", "failures=0"))
+    assert code == 0 and place.finished() == 2, errors
+    place.require_safe()
+
+
+TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"  # keys and hang-ups come from here
+
+
+def quit_with_a_key(place: Workplace) -> None:
+    master, slave = os.openpty()
+    process = place.record(before=TERMINAL, terminal=slave)
+    place.wait_for(lambda: place.finished() == 1, process)
+    os.write(master, b"q")
+    code, errors = place.end(process)
+    os.close(slave)
+    os.close(master)
+    assert code == 0 and place.finished() >= 1, errors
+    place.require_safe()
+
+
+def terminal_lost(place: Workplace) -> None:
+    """A window that is closed, an SSH line that breaks: what is said after that nobody hears."""
+    master, slave = os.openpty()
+    process = place.record(before=TERMINAL, terminal=slave)
+    os.close(slave)
+    place.wait_for(lambda: place.finished() == 1, process)
+    os.close(master)
+    process.wait(60)
+    place.require_safe()
+    assert place.finished() >= 1
+    code, errors = place.end(process)
+    assert code == 130 and errors.splitlines()[-1] == "interrupted", errors
+
+
+def a_bug(place: Workplace) -> None:
+    """What nobody foresaw keeps its traceback, and costs the episode in progress only."""
+    process = place.record(before="from so101.env import Env; Env._verdict = None")
+    code, _ = place.end(process, bug="TypeError: 'NoneType' object is not callable")
+    assert code == 1 and place.finished() == 0
+    place.require_safe()
+
+
+def interrupted_twice(place: Workplace) -> None:
+    """On the way to rest a second Ctrl-C releases the arm where it is."""
+    process = place.record()
+    place.wait_for(place.dataset.exists, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert place.follower.servos.torque_on.all()
+    process.send_signal(signal.SIGINT)
+    code, errors = place.end(process)
+    assert code == 130 and "interrupted again: the arm was released where it was" in errors, errors
+    assert place.follower.was_let_go(), place.follower.sent[-8:]
+    assert place.leader.was_let_go(), place.leader.sent[-8:]
+    place.finished()
+
+
+def bounced(place: Workplace) -> None:
+    """Two within BOUNCE are one."""
+    process = place.record()
+    place.wait_for(place.dataset.exists, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.15)
+    process.send_signal(signal.SIGINT)
+    code, errors = place.end(process)
+    assert code == 130 and "again" not in errors, errors
+    place.require_safe()
+
+
+def camera_died(place: Workplace) -> None:
+    """No picture any more: the take is dropped, and the next reset waits for a while (30 s; here 1)."""
+    process = place.record(before="from so101.robot.camera import Camera; Camera.wait_ready.__defaults__ = (1.0,)")
+    place.wait_for(lambda: place.finished() == 1, process)
+    os.unlink(place.folder / "camera.avi")
+    code, errors = place.end(process)
+    assert code == 3 and "camera wrist: no good frame for " in errors.splitlines()[-1], errors
+    place.require_safe()
+    assert place.finished() >= 1
+
+
+def disk_lost(place: Workplace) -> None:
+    """The dataset's folder takes no more files. Who is root may write anywhere, so a file lies in the way instead."""
+    process = place.record()
+    place.wait_for(lambda: place.finished() == 1, process)
+    data, away = place.dataset / "data", place.dataset / "away"
+    data.rename(away)
+    data.write_text("")
+    code, errors = place.end(process)
+    assert code == 1 and "make room on the disk, or mend it, and resume" in errors.splitlines()[-1], errors
+    place.require_safe()
+    data.unlink()
+    away.rename(data)
+    assert place.finished() >= 1
+
+
+def tool_interrupted(name: str, number: signal.Signals) -> Callable[[Workplace], None]:
+    def scenario(place: Workplace) -> None:
+        process = place.start(name)
+        place.wait_for(place.follower.servos.torque_on.all, process)
+        time.sleep(1.5)
+        process.send_signal(number)
+        code, errors = place.end(process)
+        assert code == 130 and errors.splitlines()[-1] == "interrupted", errors
+        place.require_safe()
+
+    return scenario
 
 
 SCENARIOS: dict[str, Callable[[Workplace], None]] = {
@@ -221,12 +355,25 @@ SCENARIOS: dict[str, Callable[[Workplace], None]] = {
     "a hot servo": overheated,
     "a blocked joint": blocked,
     "an adapter pulled out": unplugged,
+    "all episodes": finished_by_itself,
+    "the q key": quit_with_a_key,
+    "a lost terminal": terminal_lost,
+    "a bug": a_bug,
+    "a second Ctrl-C": interrupted_twice,
+    "a bounced Ctrl-C": bounced,
+    "a dead camera": camera_died,
+    "a lost disk": disk_lost,
+    "teleoperate": tool_interrupted("teleoperate", signal.SIGINT),
+    "goto": tool_interrupted("goto", signal.SIGTERM),
 }
+
+
+AT_A_TIME = 8  # with 15 of them the arms, all threads of this one process, answer too late for their programs
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "Future[None]"]]:
-    """All scenarios at the same time: each of them mostly waits for its arm."""
+    """The scenarios, AT_A_TIME of them at the same time: each mostly waits for its arm."""
     folder = tmp_path_factory.mktemp("workplaces")
 
     def play(number: int, scenario: Callable[[Workplace], None]) -> None:
@@ -236,12 +383,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "Fu
         finally:
             place.close()
 
-    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
         yield {name: pool.submit(play, number, scenario) for number, (name, scenario) in enumerate(SCENARIOS.items())}
 
 
+# Found here and not mended yet: take them out when they pass.
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_way_out_of_record_on_the_pseudo_terminal(name: str, outcomes: dict[str, "Future[None]"]) -> None:
+def test_a_way_out_on_the_pseudo_terminal(name: str, outcomes: dict[str, "Future[None]"]) -> None:
     """Field record 32, 34: an arm left up, and torque left on in the servos behind the one that complained."""
     outcomes[name].result()
 
@@ -296,7 +444,9 @@ def interrupted_in_the_simulation(folder: Path, instant: float, number: signal.S
             [*command, "episodes=1000"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=stderr
         )
     try:
-        wait_for((folder / "demos.record.json").exists, process)
+        while not (folder / "demos.record.json").exists():
+            assert process.poll() is None, (folder / "errors.txt").read_text()
+            time.sleep(0.01)
         time.sleep(instant)
         process.send_signal(number)
         code, errors = process.wait(60), (folder / "errors.txt").read_text()

@@ -51,14 +51,14 @@ class Scripted:
 class FaultyCamera:
     """A camera whose picture, a black one, is lost at given looks, counted from 1 over all takes."""
 
-    def __init__(self, fails_at):
-        self.fails_at, self.looks = fails_at, 0
+    def __init__(self, fails_at, size=(480, 640)):
+        self.fails_at, self.size, self.looks = set(fails_at), size, 0
 
     def latest(self):
         self.looks += 1
         if self.looks in self.fails_at:
             raise EpisodeAborted("camera wrist: newest frame is 0.7 s old")
-        return np.zeros((480, 640, 3), np.uint8), 0.0
+        return np.zeros((*self.size, 3), np.uint8), 0.0
 
     def wait_ready(self):
         pass
@@ -74,7 +74,7 @@ def recording(tmp_path, monkeypatch):
             with open_rig(config, seed) as rig:
                 run.rig, run.person = rig, Scripted(rig.teleop.keys, keys or {}, moves)
                 rig.teleop.keys = run.person
-                rig.cameras = {"wrist": FaultyCamera(camera_fails_at)}
+                rig.cameras = {"wrist": FaultyCamera(camera_fails_at, config.frame_sizes["wrist"])}
                 yield rig
 
         monkeypatch.setattr(record, "open_rig", rigged)

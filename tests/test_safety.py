@@ -243,7 +243,10 @@ def test_of_two_signals_at_once_the_second_does_not_cut_the_way_out_short() -> N
         with signals.signals_held():
             signal.raise_signal(signal.SIGHUP)
         assert came == [signal.SIGHUP]
+        signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGHUP]
         came.clear()
+    time.sleep(signals.BOUNCE)
     with pytest.raises(KeyboardInterrupt), signals.signals_held():
         signal.raise_signal(signal.SIGTERM)
 

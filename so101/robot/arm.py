@@ -141,7 +141,8 @@ class Arm:
 
     def require_torque(self) -> None:
         """SafetyStop, naming them, where driven joints are limp: a servo that lost its power comes back so."""
-        limp = [name for name in JOINTS if name in self.driven - set(self.holding())]
+        lost = self.driven - set(self.holding())
+        limp = [self.bus.names.get(self._id(name), name) for name in JOINTS if name in lost]
         if limp:
             raise SafetyStop(
                 f"{', '.join(limp)}: limp though it was switched on, so the servo lost its power for a moment; "
