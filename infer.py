@@ -58,6 +58,8 @@ def main(config: Config) -> None:
     if config.video is not None and Path(config.video).exists():
         raise DataError(f"{config.video}: exists and is never overwritten; name another video")
     trained = Trained.of(run)
+    output = Path(config.output) if config.output else run
+    output.mkdir(parents=True, exist_ok=True)  # before the robot's time is spent
     schema = describe_task(trained.rig, trained.env, trained.preprocess)
     eyes = Eyes(trained.encoder, run / "reward", schema, views=0, pad=0, seed=0, device="cpu")
     policy = load_policy(run, config.checkpoint, trained.sac, schema, eyes.trunk_hash)
@@ -70,7 +72,7 @@ def main(config: Config) -> None:
         rig = stack.enter_context(open_rig(trained.rig, config.seed))
         env = rig.make_env(trained.env, trained.preprocess, trained.reward, config.seed, rig.verdict or eyes)
         episodes = evaluate(env, rig, policy, eyes, config.episodes, config.deterministic, video)
-    report(Path(config.output) if config.output else run, episodes, rig)
+    report(output, episodes, rig)
 
 
 @dataclass
@@ -97,6 +99,9 @@ class Trained:
 def load_policy(run: Path, name: str, sac: SacConfig, schema: dict, trunk_hash: str) -> Policy:
     """The policy of a run's checkpoint, by number or `last`."""
     folder = find_checkpoint(run) if name == "last" else run / "checkpoints" / name.zfill(6)
+    if not folder.exists():
+        there = ", ".join(sorted(path.name for path in folder.parent.glob("[0-9]*")))
+        raise DataError(f"{folder}: is not there; checkpoints of this run: {there or 'none'}, or last")
     agent = Sac(sac, len(schema["cameras"]), size=schema["image"]["image_size"] // STRIDE)
     agent.load_tensors(load_checkpoint(folder, schema, trunk_hash).tensors)
     return agent.policy.eval()

@@ -18,7 +18,7 @@ import numpy as np
 
 from so101.config import launch, load, option, require_within, save
 from so101.data.dataset import DatasetWriter, open_dataset
-from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
+from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path, load_labels
 from so101.env import Env, EnvConfig, Observation
 from so101.errors import ConfigError, DataError, EpisodeAborted
 from so101.rig import RigConfig, describe_task, open_rig
@@ -36,7 +36,9 @@ class Config:
     dataset: str = option("outputs/lift_demos", "folder of the dataset; must not exist unless resume=true")
     task: str = option("lift the cube", "the task in words, stored with each episode")
     episodes: int = option(70, "episodes in all, deliberate failures included")
-    failures: int = option(12, "of these, deliberate failures, spread evenly; the classifier needs them")
+    failures: int | None = option(
+        None, "of these, deliberate failures, spread evenly; the classifier needs them; null: 12 in 70"
+    )
     steps_after_success: int | None = option(12, "steps recorded after the success key; null: until time is up")
     resume: bool = option(False, "append to a dataset that is there, up to `episodes` in all")
     seed: int = option(0, "seed of the simulated world and of the random start poses")
@@ -45,6 +47,8 @@ class Config:
     preprocess: Preprocess = option(Preprocess(), "what the networks will see of a frame; recorded frames stay native")
 
     def __post_init__(self) -> None:
+        if self.failures is None:
+            self.failures = self.episodes * 12 // 70
         require_within(self, episodes=(1, 1_000_000), failures=(0, self.episodes), seed=(0, 2**31))
         if self.steps_after_success is not None:
             require_within(self, steps_after_success=(1, 1_000_000))
@@ -76,7 +80,7 @@ def main(config: Config) -> None:
     """Record until the dataset holds `config.episodes` episodes."""
     folder = Path(config.dataset)
     had = len(open_dataset(folder).episodes) if folder.exists() else 0
-    if folder.exists() and not config.resume:
+    if had and not config.resume:
         raise DataError(f"{folder}: exists with {had} episodes; name another, or add to it with resume=true")
     labels = load_labels(folder, had) or Labels(folder.name)
     left_out = sum(label.skip for label in labels.episodes.values())
@@ -89,12 +93,12 @@ def main(config: Config) -> None:
         rig = stack.enter_context(open_rig(config.rig, seed))
         env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save(config, config_path(folder))
         writer = DatasetWriter(
             folder, fps=config.env.fps, cameras=config.rig.frame_sizes, task=config.task, schema=schema
         )
         stack.enter_context(closing(writer))
-        label_the_last(folder, labels)
+        save(config, config_path(folder))  # not before the writer has agreed to it
+        labels = label_the_last(folder, labels)
         progress = stack.enter_context(Progress("record", config.episodes, "episode"))
         kept, aborts = False, 0  # whether the last episode is on disk; how many failed since one was
         while (number := writer.episodes - left_out) < config.episodes:
@@ -102,7 +106,7 @@ def main(config: Config) -> None:
             rig.teleop.hear(DEMONSTRATE_FAILURE if failing else DEMONSTRATE)
             try:
                 observation, pressed = env.reset(person_drives=True)
-                dropped = kept and judge_the_last(pressed, folder, labels, writer.episodes - 1)
+                dropped = kept and judge_the_last(pressed, folder, writer.episodes - 1)
                 kept = False
                 if "quit" in pressed:
                     break
@@ -117,43 +121,45 @@ def main(config: Config) -> None:
                 continue
             aborts = 0
             if kept:
-                labels.set(writer.episodes - 1, label or (EpisodeLabel(all_fail=True) if failing else None))
-                labels.save(labels_path(folder))
+                label = label or (EpisodeLabel(all_fail=True) if failing else None)
+                labels = label_episode(folder, writer.episodes - 1, label)
             if quits:
                 break
             successes = sum(not (label.all_fail or label.skip) for label in labels.episodes.values())
             progress.update(writer.episodes - left_out, success=successes)
-    print(f"{folder}: {writer.episodes} episodes; labels in {labels_path(folder)}")
+    print(f"{folder}: {writer.episodes} episodes" + (f"; labels in {labels_path(folder)}" if writer.episodes else ""))
     if env.rate.overruns:
         print(f"{env.rate.overruns} ticks came late; `python -m so101.tools.doctor` looks for the cause")
 
 
-def label_the_last(folder: Path, labels: Labels) -> None:
+def label_the_last(folder: Path, labels: Labels) -> Labels:
     """A kill may have come between the last episode and its label; its own rows hold the verdict."""
     episodes = open_dataset(folder).episodes
     if not episodes or episodes[-1].index in labels.episodes:
-        return
-    last, columns = episodes[-1].index, episodes[-1].columns()
+        return labels
+    last, columns, label = episodes[-1].index, episodes[-1].columns(), None
     if columns["next.reward"].any():
-        labels.set(last, EpisodeLabel(success_start=int(columns["next.reward"].argmax()) + 1))
+        label = EpisodeLabel(success_start=int(columns["next.reward"].argmax()) + 1)
     elif columns["next.done"][-1]:
-        labels.set(last, EpisodeLabel(all_fail=True))
-    labels.save(labels_path(folder))
+        label = EpisodeLabel(all_fail=True)
+    return label_episode(folder, last, label)
 
 
-def judge_the_last(pressed: frozenset[str], folder: Path, labels: Labels, last: int) -> bool:
+def judge_the_last(pressed: frozenset[str], folder: Path, last: int) -> bool:
     """Keys pressed while the arm resets speak of the episode before: how it ended, or that it is left out (True)."""
+    if not pressed & {"success", "failure", "redo"}:
+        return False
+    episodes = open_dataset(folder).episodes
+    labels = load_labels(folder, len(episodes))
+    label = labels.episodes.get(last) if labels else None
     if "failure" in pressed:
-        labels.set(last, EpisodeLabel(all_fail=True))
-    label = labels.episodes.get(last)
-    if "success" in pressed and (label is None or label.success_start is None):  # its last frame shows it
-        length = open_dataset(folder).episodes[last].length
-        labels.set(last, EpisodeLabel(success_start=length - 1))
+        label = EpisodeLabel(all_fail=True)
+    elif "success" in pressed and (label is None or label.success_start is None):
+        label = EpisodeLabel(success_start=episodes[last].length)  # its closing observation shows it
     if "redo" in pressed:
-        labels.set(last, replace(labels.episodes.get(last, EpisodeLabel(skip=True)), skip=True))
-        print(f"episode {last} is left out: labelled skip in {labels_path(folder)}")
-    if pressed & {"success", "failure", "redo"}:
-        labels.save(labels_path(folder))
+        label = replace(label or EpisodeLabel(skip=True), skip=True)
+    label_episode(folder, last, label)
+    print(f"episode {last}: {label}, in {labels_path(folder)}")
     return "redo" in pressed
 
 

@@ -33,7 +33,7 @@ import train_reward
 from so101 import config as configs
 from so101.config import launch, option, require_within
 from so101.data.dataset import DatasetWriter, open_dataset
-from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
+from so101.data.labels import EpisodeLabel, Labels, label_episode, load_labels
 from so101.env import Env, EnvConfig, Observation, Step
 from so101.episodes import Trajectory, first_success, observed_success, trajectory
 from so101.errors import ConfigError, DataError, EpisodeAborted, UserError
@@ -274,12 +274,10 @@ class Run:
         success = "failure" not in pressed
         self.recent[-1] = success
         self.link.send(Corrected(self.config.reward.of(success), terminated=True))
-        path = labels_path(self.episodes.folder)
-        labels = Labels.load(path) if path.exists() else Labels(self.episodes.folder.name)
         index = self.episodes.episodes - 1
         length = open_dataset(self.episodes.folder).episodes[index].length
-        labels.set(index, EpisodeLabel(success_start=length) if success else EpisodeLabel(all_fail=True))
-        labels.save(path)
+        label = EpisodeLabel(success_start=length) if success else EpisodeLabel(all_fail=True)
+        label_episode(self.episodes.folder, index, label)
         self.log.event("corrected", episode=index, success=success)
 
     def drop_episode(self) -> None:
@@ -387,10 +385,13 @@ def check_run(folder: Path, config: Config) -> None:
     if not config.resume:
         raise DataError(f"{folder}: exists and is never overwritten; name another with output=, or resume=true")
     before, now = (configs.to_dict(c) for c in (configs.load(Config, folder / "config.json"), config))
-    free = ("resume", "steps", "evaluation_episodes")  # what a person may change on the way
+    free = ("output", "resume", "steps", "evaluation_episodes")  # moved, or changed by a person on the way
     differing = [key for key in now if key not in free and now[key] != before[key]]
     if differing:
-        raise ConfigError(f"{folder}: was started with another {', '.join(differing)}; a resume keeps its config")
+        raise ConfigError(
+            f"{folder}: was started with another {', '.join(differing)}; a resume keeps its config: "
+            f"python train_sac.py --config {folder / 'config.json'} output={folder} resume=true"
+        )
 
 
 def begin_run(folder: Path, config: Config) -> None:

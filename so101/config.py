@@ -318,6 +318,9 @@ def launch(cls: type[T], main: Callable[[T], int | None], description: str) -> N
     """
 
     take_signals()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed with >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  to the end of the program
     code: int | None
     try:
         code = main(parse(cls, sys.argv[1:], description))
@@ -339,10 +342,10 @@ def launch(cls: type[T], main: Callable[[T], int | None], description: str) -> N
 
 
 def _reader_has_gone(probe: str) -> bool:
-    """Write `probe` to stdout; where its reader has gone (`| head`), drop the rest: exiting is quiet too."""
+    """Write `probe` to stdout; where nobody takes it (`| head`, a full disk), drop the rest: exiting is quiet too."""
     try:
         print(probe, end="", flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False

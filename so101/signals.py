@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")  # Windows has the first two
+ENDING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 BOUNCE = 0.3  # s; a second Ctrl-C so soon is the first one's, and must not interrupt the way out that it began
 
 _held: list[int] | None = None  # the signals that came while somebody holds them up; None while nobody does

@@ -211,7 +211,7 @@ def test_a_file_is_compared_with_the_servos_and_written_when_asked_for(
     words = [f"port={arm.path}", f"file={path}"]
     person = Person()
     assert calibrate(person, monkeypatch, *words) == 0
-    assert person.getvalue() == f"the servos hold what {path} says\n"
+    assert person.getvalue() == f"the servos hold the ranges and offsets of {path}; test=ruler tests its zero\n"
 
     arm.servos.store(0, "Homing_Offset", -1300)
     arm.servos.store(3, "Max_Position_Limit", 4095)

@@ -312,7 +312,7 @@ def test_exit_codes_and_sentences(start):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_sigterm_and_a_lost_terminal_take_the_path_of_ctrl_c(start):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         process = start("do=wait")
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(number)

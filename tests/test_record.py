@@ -1,5 +1,6 @@
 """Recording as the person meets it: takes kept, dropped, done again, left out, paused; and takes that must not be."""
 
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import record
 import train_sac
 from so101.data.dataset import open_dataset
-from so101.data.labels import Labels, labels_path
-from so101.errors import EpisodeAborted, UserError
+from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path
+from so101.env import EnvConfig
+from so101.errors import DataError, EpisodeAborted, UserError
 from so101.rig import open_rig
 from so101.robot import teleop
 
@@ -104,7 +106,7 @@ def test_a_finished_episode_is_left_out_with_a_key_in_the_reset_and_recorded_aga
     labels = labels_of(folder)
     assert [labels[index].skip for index in range(3)] == [True, False, False]
     assert labels[0].success_start is not None  # what was seen in it stays known
-    assert f"episode 0 is left out: labelled skip in {labels_path(folder)}" in capsys.readouterr().out
+    assert re.search(rf"episode 0: skip from \d+, in {labels_path(folder)}", capsys.readouterr().out)
     # and a resume counts the same way, to the same total
     record.main(record.Config(dataset=str(folder), episodes=2, failures=0, resume=True))
     assert f"{folder}: holds 2 episodes already" in capsys.readouterr().out
@@ -116,7 +118,34 @@ def test_a_success_told_late_counts_from_the_last_frame(recording):
     folder = recording({(1, 7): "end", (2, 1): "success"}, episodes=2)
     first = open_dataset(folder).episodes[0]
     assert first.length < 15 and not first.columns()["next.reward"].any()
-    assert labels_of(folder)[0].success_start == first.length - 1
+    assert labels_of(folder)[0].success_start == first.length  # its closing observation, and no frame before
+
+
+def test_a_label_given_meanwhile_by_label_py_is_kept(recording, tmp_path):
+    def label():
+        label_episode(tmp_path / "demos", 0, EpisodeLabel(success_start=3))
+
+    folder = recording({(2, 6): label}, episodes=3)
+    assert labels_of(folder)[0].success_start == 3 and len(labels_of(folder)) == 3
+
+
+def test_a_refused_resume_leaves_the_recording_as_it_was_begun(recording):
+    folder = recording(episodes=2)
+    begun = record.config_path(folder).read_text()
+    with pytest.raises(DataError, match="action_scale_m"):
+        recording(episodes=5, resume=True, env=EnvConfig(action_scale=0.01))
+    assert record.config_path(folder).read_text() == begun
+    assert record.unfinished(folder) is None
+
+
+def test_a_recording_ended_before_its_first_episode_can_be_begun_again(recording, capsys):
+    folder = recording({(1, 1): "quit"}, episodes=2)
+    assert capsys.readouterr().out.endswith(f"{folder}: 0 episodes\n")
+    assert len(open_dataset(recording(episodes=1)).episodes) == 1
+
+
+def test_a_short_recording_has_its_share_of_deliberate_failures():
+    assert [record.Config(episodes=episodes).failures for episodes in (1, 10, 70)] == [0, 1, 12]
 
 
 def test_who_ends_a_recording_that_a_training_asked_for_ends_the_training(recording, monkeypatch):

@@ -126,7 +126,8 @@ def test_train_sac_learns_checkpoints_resumes_and_is_evaluated(made, tmp_path, c
     marks = np.memmap(run / "features.marks", np.uint64)
     filled = marks.copy()
 
-    config.resume, config.steps, config.evaluation_episodes = True, 100, 0
+    run = run.rename(tmp_path / "moved")
+    config.resume, config.steps, config.evaluation_episodes, config.output = True, 100, 0, str(run)
     train_sac.main(config)
     assert "goes on from step" in capsys.readouterr().out
     after = load_checkpoint(run, config.schema(), None)
@@ -238,9 +239,9 @@ def test_a_kill_between_an_episode_and_its_label_loses_no_verdict(tmp_path):
     for last in (1, 0):  # a failure, then a success, as if each had been the last one recorded
         labels = Labels.load(labels_path(folder))
         labels.set(last, None)
+        labels.save(labels_path(folder))
         if last == 1:
-            record.label_the_last(folder, labels)
-            assert labels.episodes == wanted
+            assert record.label_the_last(folder, labels).episodes == wanted
     columns = open_dataset(folder).episodes[0].columns()
     assert columns["next.reward"].argmax() + 1 == wanted[0].success_start
 
@@ -371,6 +372,15 @@ def test_bad_input_is_one_clear_sentence_and_changes_nothing(tmp_path, launched,
     assert result.returncode == code and said in result.stderr, result.stderr
     assert result.stderr.count("\n") <= 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("stdout", ["> /dev/full", ">&-", ">&- 2>&-"])
+def test_nowhere_to_print_is_no_traceback(made, tmp_path, stdout):
+    command = f"{sys.executable} label.py dataset={made / 'demos'} {stdout}"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (1 if "full" in stdout else 0), done.stderr
 
 
 def test_a_script_started_from_elsewhere_ends_with_its_sentence_and_code(tmp_path):

@@ -34,6 +34,7 @@ from so101.data.video import VideoWriter, read_frames
 from so101.errors import DataError, UserError
 from so101.files import read_json, sync_file, sync_folder, write_atomic
 from so101.schema import ACTION, STATE, require_same
+from so101.signals import signals_held
 
 
 @dataclass(frozen=True)
@@ -322,9 +323,10 @@ class DatasetWriter:
     def discard_episode(self) -> None:
         """Forget the episode in progress, if there is one: its unsaved files are removed."""
         take, self._take = self._take, None
-        for writer in take.videos.values() if take else ():
-            writer.abort()
-            writer.path.unlink(missing_ok=True)
+        with signals_held():
+            for writer in take.videos.values() if take else ():
+                writer.abort()
+                writer.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Discard an episode in progress and let go of the folder."""
@@ -338,24 +340,26 @@ class DatasetWriter:
     def _failing(self) -> Iterator[None]:
         """On any error while files are written: drop the episode in progress and stop for good.
 
-        What is saved is counted anew from the disk: the error may have come on either side of the commit.
+        What is saved is counted anew from the disk: the error may have come on either side of the commit. A Ctrl-C
+        waits: codec, parquet and threads do not all survive an exception in their midst, and some swallow it.
         """
-        try:
-            yield
-        except BaseException as error:
-            take, self._take, self._open = self._take, None, False
-            for writer in take.videos.values() if take else ():
-                writer.abort()
-            with suppress(OSError, UserError):  # on a disk that takes nothing more, the next resume does it
-                self._load()
-                self.recovered += self._set_aside()
-            self._lock.release()
-            if isinstance(error, OSError | pa.ArrowException | UserError):
-                raise UserError(
-                    f"{self.folder}: {error}. The {self.episodes} episodes saved are whole, the one in "
-                    "progress is lost; make room on the disk, or mend it, and resume"
-                ) from error
-            raise
+        with signals_held():
+            try:
+                yield
+            except BaseException as error:  # where nothing took the signals, a Ctrl-C is one of them
+                take, self._take, self._open = self._take, None, False
+                for writer in take.videos.values() if take else ():
+                    writer.abort()
+                with suppress(OSError, UserError):  # on a disk that takes nothing more, the next resume does it
+                    self._load()
+                    self.recovered += self._set_aside()
+                self._lock.release()
+                if isinstance(error, OSError | pa.ArrowException | UserError):
+                    raise UserError(
+                        f"{self.folder}: {error}. The {self.episodes} episodes saved are whole, the one in "
+                        "progress is lost; make room on the disk, or mend it, and resume"
+                    ) from error
+                raise
 
     def _require_made_so(self, schema: dict[str, Any]) -> None:
         found = open_dataset(self.folder)

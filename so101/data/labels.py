@@ -173,6 +173,15 @@ def load_labels(dataset_folder: Path | str, episodes: int) -> Labels | None:
     return labels
 
 
+def label_episode(dataset_folder: Path, episode: int, label: EpisodeLabel | None) -> Labels:
+    """Change one label in the file as it is now, where label.py may have changed others; all that it then holds."""
+    path = labels_path(dataset_folder)
+    labels = Labels.load(path) if path.exists() else Labels(path.name.removesuffix(".labels.json"))
+    labels.set(episode, label)
+    labels.save(path)
+    return labels
+
+
 def labels_path(dataset_folder: Path | str) -> Path:
     """Where the labels of a dataset lie: `<folder>.labels.json`, beside it."""
     folder = Path(dataset_folder)

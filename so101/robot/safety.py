@@ -226,6 +226,8 @@ def safe_close(
         return
     cause = sys.exc_info()[1]
     patience = 1 if isinstance(cause, KeyboardInterrupt) else 2
+    if patience == 1:
+        tell("bringing the arm to rest; another Ctrl-C would release it where it is")
     with signals_held() as came:
 
         def heed(position: np.ndarray) -> None:
@@ -275,15 +277,15 @@ def _hold_for_support(arm: Arm, clock: Clock, trouble: str, came: list[int]) -> 
     try:
         arm.hold()
     except UserError as error:
-        trouble += f"; {error}"
         if held == set(arm.held):
-            tell(f"closing the arm: {trouble}. It may still hold: support it, and cut its power")
+            tell(f"closing the arm. It may still hold: support it, and cut its power. {trouble}")
             return
+        trouble += f"; {error}"
+    had, until = len(came), clock.now() + SUPPORT_S  # who reads the sentence may be quick
     tell(
         f"closing the arm: {trouble}. It holds with reduced torque: support it, then press Ctrl-C to release it. "
         f"In {SUPPORT_S:.0f} s this program leaves it holding; `python -m so101.tools.release` frees it then"
     )
-    had, until = len(came), clock.now() + SUPPORT_S
     while clock.now() < until:
         if len(came) > had:
             raise KeyboardInterrupt

@@ -45,8 +45,8 @@ KEYS = {
     "q": "quit",
 }
 KEY_HELP = (
-    "keys: s success, f failure, i take over / hand back, e end episode, r drop the episode (or, while the arm "
-    "resets, the one before) and do it again, p pause after this episode / go on, q quit"
+    "keys: s success, f failure, i take over / hand back, e end episode, r drop the episode and do it again, p pause "
+    "after this episode / go on, q quit; while the arm resets s, f and r speak of the episode before"
 )
 HELD_DOWN_S = 0.7  # a key that comes again sooner was not let go; terminals repeat after 0.25 .. 0.66 s
 ESCAPE = re.compile(r"\x1b(?:[\[O][0-9;]*[A-Za-z~])?")  # F2 sends ESC O Q: no reason to quit

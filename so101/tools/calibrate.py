@@ -149,7 +149,7 @@ def take_file(config: Config, stack: ExitStack) -> int:
     bus = _open_bus(config, calibration.ids, stack)
     stored = _read_stored(bus)
     differing = _table_of_differences(calibration, stored)
-    print(differing or f"the servos hold what {path} says")
+    print(differing or f"the servos hold the ranges and offsets of {path}; test=ruler tests its zero")
     if differing and config.write:
         make_limp(bus, config.arm)
         _write_servos(bus, calibration, stored, Path(config.output or path))
