@@ -467,7 +467,7 @@ def interrupted_in_the_simulation(folder: Path, instant: float, number: signal.S
             assert sum(1 for _ in episode.frames("wrist")) == episode.length
 
 
-@pytest.mark.parametrize("instants", [3, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("instants", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_random_instants_in_the_simulation(instants: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(instants)
     with ThreadPoolExecutor(2) as pool:

@@ -1,8 +1,5 @@
 """The one file that knows real from simulated, and the simulated arm behind a real serial port."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import LiveArm
 
-from so101 import config as configs
 from so101.env import EnvConfig
 from so101.errors import ConfigError, HardwareError
 from so101.rig import ArmConfig, RigConfig, open_rig
@@ -87,36 +83,3 @@ def test_swapped_arms_stop_the_start(tmp_path, video):
     for arm in live_arms.values():
         arm.close()
         assert not arm.servos.torque_on.any()
-
-
-def test_the_real_path_drives_a_served_arm_over_a_pseudo_terminal(tmp_path, video):
-    """serial.Serial, calibration from a file, a real clock: what a real arm would run through."""
-    command = [sys.executable, "-u", "-m", "so101.tools.serve_sim"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
-        line = server.stdout.readline()
-        port = line.strip()
-        rig_json = {
-            "follower": {
-                "port": port,
-                "calibration": str(Path(port).parent / "calibration.json"),
-                "rest": [0, 0, 0, 0, 0, 0.05],
-            },
-            "leader": None,
-            "cameras": {"wrist": {"source": video, "width": 64, "height": 48}},
-        }
-        (tmp_path / "rig.json").write_text(json.dumps(rig_json))
-        config = configs.load(RigConfig, tmp_path / "rig.json")
-        try:
-            with open_rig(config, 0) as rig:
-                before = rig.arm.read().position
-                goal = before.copy()
-                goal[0] += 0.2
-                rig.arm.command(goal)
-                rig.clock.sleep_until(rig.clock.now() + 1.0)
-                assert rig.arm.read().position[0] - before[0] == pytest.approx(0.2, abs=0.02)
-                arm = rig.arm
-            assert not arm.bus.outages
-            with pytest.raises(Exception):  # noqa: B017  the port is closed: nothing is left open
-                arm.read()
-        finally:
-            server.terminate()
