@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from so101.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, UserError
+from so101.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, UserError, tell
 from so101.files import parse_json, read_json, write_atomic
 from so101.signals import take_signals
 
@@ -316,12 +316,12 @@ def launch(cls: type[T], main: Callable[[T], int | None], description: str) -> N
     SIGTERM takes the same path as Ctrl-C, and so does the loss of the terminal, so that the arm comes to
     rest. A UserError ends as one sentence on stderr; any other exception is a bug and keeps its traceback.
     """
-
     take_signals()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed with >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  to the end of the program
     code: int | None
+    lost = None
     try:
         code = main(parse(cls, sys.argv[1:], description))
     except UserError as error:
@@ -330,22 +330,24 @@ def launch(cls: type[T], main: Callable[[T], int | None], description: str) -> N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        if not _reader_has_gone("\n"):
+    except OSError as error:
+        code, lost = 1, None if error.filename else _lost_output("\n")
+        if lost is None and isinstance(error, BrokenPipeError):
             raise  # another pipe broke, which is not ours to hide
-        code = 1
-    except OSError as error:  # a full disk, a folder that may not be written: the person's to mend, not a bug
-        print(f"{error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
-        code = 1
-    _reader_has_gone("")
+        if lost is None:  # a full disk, a folder that may not be written: the person's to mend, not a bug
+            print(f"{error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+    lost = lost or _lost_output("")
+    if lost is not None and not isinstance(lost, BrokenPipeError):  # a reader that had enough (`| head`) is no error
+        tell(f"standard output: {lost.strerror}; not all of it was written")
+        code = code or 1
     sys.exit(code or EXIT_DONE)
 
 
-def _reader_has_gone(probe: str) -> bool:
-    """Write `probe` to stdout; where nobody takes it (`| head`, a full disk), drop the rest: exiting is quiet too."""
+def _lost_output(probe: str) -> OSError | None:
+    """Why stdout does not take `probe` after what was printed; the rest is dropped then, as exiting writes it too."""
     try:
         print(probe, end="", flush=True)
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        return error
+    return None

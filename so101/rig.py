@@ -163,7 +163,7 @@ def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
     with ExitStack() as stack:
         rig = _simulated(config, seed) if config.simulated else _real(config, stack)
         stack.callback(_report_faults, rig)  # last: the way to rest is on the same lines
-        stack.callback(rig.teleop.close)
+        stack.callback(rig.teleop.keys.close)
         if rig.teleop.leader is not None:
             leader = rig.teleop.leader.arm
             if said := swapped((rig.arm.bus, rig.arm.calibration), (leader.bus, leader.calibration)):
@@ -172,6 +172,7 @@ def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
                 tell(f"leader and follower were not swept alike, so one does not mirror the other: {said}")
             safety.connect(leader, "leader")
             leader.configure()
+            stack.callback(rig.teleop.release)  # not before: a start that is refused lets nothing fall
         rest = np.array(config.follower.rest)
         require_reachable("rig.follower.rest", rest, rig.arm)
         stack.callback(safety.safe_close, rig.arm, rig.clock, rest, rig.teleop.come_along)

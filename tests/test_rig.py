@@ -69,6 +69,8 @@ def test_swapped_arms_stop_the_start(tmp_path, video):
     live_arms = {}
     for name, offset in (("follower", 0), ("leader", 40)):
         live_arms[name] = LiveArm(SimServos(), tmp_path / name)
+        for index in range(6):
+            live_arms[name].servos.store(index, "Torque_Enable", 1)  # both are up, from a program that was killed
         joints = dict(SIM_CALIBRATION.joints)
         joints["elbow_flex"] = replace(joints["elbow_flex"], homing_offset=joints["elbow_flex"].homing_offset + offset)
         save_calibration(tmp_path / f"{name}.json", replace(SIM_CALIBRATION, joints=joints))
@@ -82,4 +84,4 @@ def test_swapped_arms_stop_the_start(tmp_path, video):
         pytest.fail("started")
     for arm in live_arms.values():
         arm.close()
-        assert not arm.servos.torque_on.any()
+        assert arm.servos.torque_on.all()  # a start that was refused lets nothing fall

@@ -251,11 +251,11 @@ class ServoBus:
     @contextmanager
     def impatient(self) -> Iterator[None]:
         """Inside the block a servo that does not answer is an error at once, not an outage to wait for."""
-        self._patient = False
+        before, self._patient = self._patient, False
         try:
             yield
         finally:
-            self._patient = True
+            self._patient = before
 
     def _pause(self, seconds: float) -> None:
         self.clock.sleep_until(self.clock.now() + seconds)

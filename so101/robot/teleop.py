@@ -338,15 +338,13 @@ class Teleop:
             raise error
         return before + 1
 
-    def close(self) -> None:
-        """Leave the leader limp and the terminal as it was; what fails is told, and hides no earlier error."""
+    def release(self) -> None:
+        """Leave the leader limp; what fails is told, and hides no earlier error."""
         try:
             if self.leader is not None:
                 self.leader.release()
         except UserError as error:
             tell(f"releasing the leader: {error}")
-        finally:
-            self.keys.close()
 
     def _drive(self, target: np.ndarray, opening: float, gripper_reach: tuple[float, float]) -> None:
         if self.leader is None:
