@@ -28,9 +28,12 @@ PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "
 HELP_COLUMNS = 100
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
-    """A dataclass field and its meaning. A mutable default is copied for each instance; none: required."""
-    metadata = {"help": help}
+def option(default: Any = dataclasses.MISSING, help: str = "", positional: bool = False) -> Any:
+    """A dataclass field and its meaning. A mutable default is copied for each instance; none: required.
+
+    `positional`: a command line may give the value alone, without `key=`, in the order of such fields.
+    """
+    metadata = {"help": help, "positional": positional}
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -69,26 +72,59 @@ def load(cls: type[T], path: Path | str) -> T:
 def parse(cls: type[T], argv: list[str], description: str) -> T:
     """The config that a command line asks for: defaults, then `--config FILE`, then each `key.sub=value`.
 
-    `--help` prints every field and ends the program. Raises ConfigError for anything that does not fit.
+    `--key value`, `--key=value` and, for what is true or false, `--key` say the same as `key=value`. `--help`
+    prints every field and ends the program. Raises ConfigError for anything that does not fit.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, description), flush=True)
         raise SystemExit(EXIT_DONE)
     files: list[str] = []
-    overrides: list[str] = []
+    overrides: list[Any] = []
+    alone: list[str] = []
     words = iter(argv)
     for word in words:
-        if word == "--config" or word.startswith("--config="):
-            files.append(next(words, "") if word == "--config" else word.removeprefix("--config="))
-        elif "=" in word and not word.startswith("-"):
-            overrides.append(word)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if key == "config" and word != key:
+            files.append(text if equals else next(words, ""))
+        elif word.startswith("--"):
+            name, hints = _field_of(cls, key), get_type_hints(cls)
+            takes_none = hints.get(name) is bool or name.partition(".")[0] not in hints  # an unknown key is told below
+            value = text if equals else "true" if takes_none else next(words, None)
+            if value is None:
+                raise ConfigError(f"command line: {word} needs a value after it (--help says which)")
+            overrides.append(_nested(f"{name}={value}"))
+        elif equals and not word.startswith("-"):
+            overrides.append(_nested(word))
         else:
-            hint = f"; write {word.lstrip('-')} without the dashes" if "=" in word else ""
-            raise ConfigError(f"command line: unknown argument {word!r}{hint} (--help lists what there is)")
+            alone.append(word)
     if len(files) > 1 or "" in files:
         raise ConfigError(f"command line: --config takes one file, got {' and '.join(files) or 'none'}")
-    layers = [(file, "") for file in files] + [(_nested(word), "command line") for word in overrides]
+    overrides += _positional(cls, alone)
+    layers = [(file, "") for file in files] + [(values, "command line") for values in overrides]
     return _build(cls, layers)
+
+
+def _field_of(cls: Any, flag: str) -> str:
+    """The field that a flag means: dry-run is dry_run, and import is import_, as Python keeps that word to itself."""
+    key = flag.replace("-", "_")
+    return f"{key}_" if any(field.name == f"{key}_" for field in dataclasses.fields(cls)) else key
+
+
+def _positional(cls: Any, words: list[str]) -> list[Any]:
+    """Words without a key, given to the positional fields in order; a list as the last takes all that are left."""
+    places = [field.name for field in dataclasses.fields(cls) if field.metadata.get("positional")]
+    given: list[Any] = []
+    for place in places:
+        if words and get_origin(get_type_hints(cls)[place]) is list:
+            given.append(_Dotted({place: [_Text(word) for word in words]}))
+            words = []
+        elif words and not words[0].startswith("-"):
+            given.append(_Dotted({place: _Text(words[0])}))
+            words = words[1:]
+    if words:
+        takes = f"takes {', '.join(places)} and then key=value" if places else "takes key=value"
+        raise ConfigError(f"command line: unknown argument {words[0]!r}; it {takes} (--help lists what there is)")
+    return given
 
 
 class _Section(dict[str, Any]):
@@ -268,7 +304,8 @@ def describe_type(hint: Any) -> str:
 
 def help_text(cls: Any, description: str) -> str:
     """What `--help` prints: each field with its dotted name, meaning, type and default, in 100 columns."""
-    lines = [f"usage: {Path(sys.argv[0]).name} [--config FILE] [key=value ...]", ""]
+    alone = [f"[{field.name.upper()}] " for field in dataclasses.fields(cls) if field.metadata.get("positional")]
+    lines = [f"usage: {Path(sys.argv[0]).name} {''.join(alone)}[--config FILE] [key=value ...]", ""]
     for line in description.strip().splitlines():  # line by line: a docstring shows its examples so
         lines += textwrap.wrap(line, HELP_COLUMNS) or [""]
     lines.append("")

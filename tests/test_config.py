@@ -181,6 +181,28 @@ def test_missing_file_names_who_asked_for_it(tmp_path):
         config.load(Config, main)
 
 
+@dataclass
+class Replay:
+    dataset: str = option("demos", "the dataset's folder", positional=True)
+    episodes: list[int] = option([], "which episodes", positional=True)
+    import_: str | None = option(None, "a file")
+    as_json: bool = option(False, "for a program")
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], Replay()),
+        (["cubes", "3", "4"], Replay("cubes", [3, 4])),
+        (["7", "--as-json", "3"], Replay("7", [3], as_json=True)),
+        (["--import", "a=b.txt", "cubes"], Replay("cubes", import_="a=b.txt")),
+        (["--import=x", "dataset=cubes", "--episodes=[5]", "as_json=true"], Replay("cubes", [5], "x", True)),
+    ],
+)
+def test_a_command_line_may_be_typed_as_people_type_it(words, expected):
+    assert config.parse(Replay, words, "") == expected
+
+
 def test_overrides_go_through_the_same_checks(tmp_path):
     made = config.parse(
         Config,
@@ -209,8 +231,11 @@ def test_overrides_go_through_the_same_checks(tmp_path):
         (["seed=true"], "command line: seed: got true"),
         (["seed.x=1"], "command line: seed: got "),
         (["rig.height.low=5"], "command line: rig.height.low: got 5.0, must be below high"),
-        (["--rig.fps=5"], "write rig.fps=5 without the dashes"),
-        (["--verbose"], "unknown argument '--verbose'"),
+        (["--rig.fpz=5"], "command line: unknown key 'rig.fpz'; did you mean 'fps'?"),
+        (["--verbose"], "command line: unknown key 'verbose'"),
+        (["--seed"], "command line: --seed needs a value"),
+        (["-v"], "unknown argument '-v'"),
+        (["words"], "unknown argument 'words'; it takes key=value"),
         (["--config"], "--config takes one file"),
         (["--config", "a", "--config=b"], "--config takes one file, got a and b"),
         (["=1"], "unknown key ''"),
