@@ -17,16 +17,21 @@ from pathlib import Path
 import numpy as np
 
 from so101.config import launch, load, option, require_within, save
-from so101.data.dataset import DatasetWriter, open_dataset
+from so101.data.dataset import open_dataset
 from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path, load_labels
+from so101.data.lint import Finding, Linter, Pictures, unmoved
+from so101.data.writer import DatasetWriter
 from so101.env import Env, EnvConfig, Observation
 from so101.errors import ConfigError, DataError, EpisodeAborted
 from so101.rig import RigConfig, describe_task, open_rig
+from so101.robot.sound import Cue
 from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE, RECORDING
 from so101.runlog import Progress
 from so101.schema import ACTION, Preprocess, RewardSpec
+from so101.tools.lint import ROBOT, shortened
 
-LEAST_MOTION = 0.05  # of a full action; a leader that lies still gives its encoder's jitter, 0.02
+# Nothing that is on the disk is taken back: the label leaves it out.
+FAULTY = Cue("fault", "episode {} has an error: r while the arm resets leaves it out, label.py does so later", (880, 220))
 
 
 @dataclass
@@ -99,6 +104,7 @@ def main(config: Config) -> None:
         stack.enter_context(closing(writer))
         save(config, config_path(folder))  # not before the writer has agreed to it
         labels = label_the_last(folder, labels)
+        linter = Linter(open_dataset(folder), replace(ROBOT, locked=tuple(config.env.locked_joints)))
         progress = stack.enter_context(Progress("record", config.episodes, "episode"))
         kept, aborts = False, 0  # whether the last episode is on disk; how many failed since one was
         while (number := writer.episodes - left_out) < config.episodes:
@@ -114,7 +120,8 @@ def main(config: Config) -> None:
                     left_out += 1
                     continue
                 rig.teleop.hear(RECORDING.about(writer.episodes))
-                label, kept, quits = record_episode(env, writer, config, observation)
+                pictures = {camera: Pictures() for camera in config.rig.cameras}
+                label, kept, quits = record_episode(env, writer, config, observation, pictures)
             except EpisodeAborted as error:
                 writer.discard_episode()
                 aborts = rig.teleop.drop(error, aborts)
@@ -123,6 +130,8 @@ def main(config: Config) -> None:
             if kept:
                 label = label or (EpisodeLabel(all_fail=True) if failing else None)
                 labels = label_episode(folder, writer.episodes - 1, label)
+                if any(found.severity == "error" for found in lint_the_last(linter, folder, label, pictures)):
+                    rig.teleop.hear(FAULTY.about(writer.episodes - 1))
             if quits:
                 break
             successes = sum(not (label.all_fail or label.skip) for label in labels.episodes.values())
@@ -145,6 +154,18 @@ def label_the_last(folder: Path, labels: Labels) -> Labels:
     return label_episode(folder, last, label)
 
 
+def lint_the_last(
+    linter: Linter, folder: Path, label: EpisodeLabel | None, pictures: dict[str, Pictures]
+) -> list[Finding]:
+    """Say what is wrong with the episode just saved, while the person still knows why. No frame is read again."""
+    episode = open_dataset(folder).episodes[-1]
+    findings = linter.episode(episode, label, pictures)
+    findings += [found for found in linter.compared() if found.episode == episode.index]
+    for line in shortened(findings):
+        print(line)
+    return findings
+
+
 def judge_the_last(pressed: frozenset[str], folder: Path, last: int) -> bool:
     """Keys pressed while the arm resets speak of the episode before: how it ended, or that it is left out (True)."""
     if not pressed & {"success", "failure", "redo"}:
@@ -164,11 +185,11 @@ def judge_the_last(pressed: frozenset[str], folder: Path, last: int) -> bool:
 
 
 def record_episode(
-    env: Env, writer: DatasetWriter, config: Config, observation: Observation
+    env: Env, writer: DatasetWriter, config: Config, observation: Observation, pictures: dict[str, Pictures]
 ) -> tuple[EpisodeLabel | None, bool, bool]:
     """Record one episode: its live label (None without a verdict), whether it was kept, whether the person quits.
 
-    Raises EpisodeAborted where nobody moved the leader: such actions teach to do nothing.
+    `pictures` of each camera see every observation. Raises EpisodeAborted where nobody moved the leader: such actions teach to do nothing.
     """
     started = observation.time
     success_from: int | None = None
@@ -190,21 +211,29 @@ def record_episode(
             done=step.terminated, truncated=step.truncated or (ended and not step.terminated),
             is_intervention=step.by_human, capture_time=observation.time - started,
         )  # fmt: skip
+        see(pictures, observation)
         observation = step.observation
         if ended or step.terminated or step.truncated:
             break
-    if np.ptp(actions, axis=0)[:3].max() < LEAST_MOTION:
+    if unmoved(np.array(actions)):
         raise EpisodeAborted(
             f"its {steps} actions never move the tool; move the leader, and check that its servos answer"
         )
     if "failure" in step.events:
         success_from = None  # the last word
+    see(pictures, observation)
     # The reward of a row is the success of the observation that follows it.
     rewards = np.arange(1, steps + 1) >= (steps + 1 if success_from is None else success_from)
     writer.save_episode(observation.state, observation.frames, observation.time - started, rewards=rewards)
     if success_from is not None:
         return EpisodeLabel(success_start=success_from), True, False
     return (EpisodeLabel(all_fail=True) if "failure" in step.events else None), True, False
+
+
+def see(pictures: dict[str, Pictures], observation: Observation) -> None:
+    """Let lint look at an observation's frames as they pass by: 0.3 ms each, reading them again 2 ms."""
+    for camera, frame in observation.frames.items():
+        pictures[camera].add(frame)
 
 
 if __name__ == "__main__":

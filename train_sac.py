@@ -32,8 +32,10 @@ import record
 import train_reward
 from so101 import config as configs
 from so101.config import launch, option, require_within
-from so101.data.dataset import DatasetWriter, open_dataset
+from so101.data.dataset import open_dataset
 from so101.data.labels import EpisodeLabel, Labels, label_episode, load_labels
+from so101.data.lint import START_TOLERANCE
+from so101.data.writer import DatasetWriter
 from so101.env import Env, EnvConfig, Observation, Step
 from so101.episodes import Trajectory, first_success, observed_success, trajectory
 from so101.errors import ConfigError, DataError, EpisodeAborted, UserError
@@ -49,10 +51,10 @@ from so101.rig import Rig, RigConfig, describe_task, open_rig
 from so101.robot.teleop import POLICY_STARTS, TRAINING
 from so101.runlog import Progress, RunLog, read_metrics
 from so101.schema import ACTION, TOOL_XYZ, Preprocess, RewardSpec, require_same, schema_hash
+from so101.tools.lint import require_clean
 
 CUT_AFTER = 3  # labelled successes in a row at which a demonstration ends for SAC, as online
 LOG_EVERY = 50  # updates; reading the numbers makes the learner wait for its device
-START_TOLERANCE = 0.02  # m; a start further than this from every demonstration's is a wrong reset
 
 
 @dataclass
@@ -420,6 +422,7 @@ def load_demonstrations(config: Config) -> list[Trajectory]:
     if dataset.schema is None:
         raise DataError(f"{folder}: says nothing of its actions and states; convert it first")
     require_same(dataset.schema, config.schema(), str(folder))
+    require_clean(dataset, config.env.locked_joints)
     labels = load_labels(folder, len(dataset.episodes))
     found = []
     for episode in dataset.episodes:

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from so101.data import stats
-from so101.data.dataset import Dataset, DatasetWriter, open_dataset
+from so101.data.dataset import Dataset, open_dataset
 from so101.data.video import VideoWriter
+from so101.data.writer import DatasetWriter
 from so101.errors import EXIT_DONE, DataError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -258,8 +259,8 @@ def test_what_is_missing_or_damaged_is_named(recorded: Path) -> None:
 
 def test_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "meta").mkdir()
-    (tmp_path / "meta" / "info.json").write_text('{"codebase_version": "v2.1"}')
-    with pytest.raises(DataError, match="'v2.1'"):
+    (tmp_path / "meta" / "info.json").write_text('{"codebase_version": "v1.6"}')
+    with pytest.raises(DataError, match="'v1.6'; only v2.1 and v3.0"):
         open_dataset(tmp_path)
     with pytest.raises(DataError, match=r"info\.json: cannot be read: No such file .* is not a dataset"):
         open_dataset(tmp_path / "nowhere")
@@ -310,7 +311,12 @@ def test_several_episodes_in_one_file_as_lerobot_writes_them(tmp_path: Path) -> 
 
     dataset = open_dataset(tmp_path)
     assert dataset.schema is None and dataset.cameras == {"top": SIZE}
-    assert dataset.notes == ["episode 1: 4 rows, but meta/episodes says 9"]
+    assert dataset.notes == [
+        "episode 1: 4 rows, but the metadata says 9",
+        "no column next.done: the last row of an episode is taken for its end",
+        "columns that meta/info.json does not name: episode_index, next.reward",
+    ]
+    assert dataset.episodes[1].columns()["next.done"].tolist() == [False, False, False, True]
     second = dataset.episodes[1]
     assert second.columns()["action"][:, 0].tolist() == [3, 4, 5, 6]
     assert second.columns()["next.reward"].tolist() == [0, 0, 0, 1]

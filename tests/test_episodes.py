@@ -7,8 +7,9 @@ observation; so any shift between observation, action and reward by one row show
 import numpy as np
 import pytest
 
-from so101.data.dataset import DatasetWriter, open_dataset
+from so101.data.dataset import open_dataset
 from so101.data.labels import EpisodeLabel, Labels
+from so101.data.writer import DatasetWriter
 from so101.episodes import first_success, labelled_frames, observed_success, trajectory
 from so101.schema import Preprocess, RewardSpec, describe
 

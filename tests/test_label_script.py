@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import label
-from so101.data.dataset import DatasetWriter
 from so101.data.labels import Labels
+from so101.data.writer import DatasetWriter
 from so101.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]

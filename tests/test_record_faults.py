@@ -15,9 +15,10 @@ from test_record import FaultyCamera, Scripted, labels_of, recording  # noqa: F4
 
 import record
 import train_sac
-from so101.data import dataset, layout
-from so101.data.dataset import DatasetWriter, open_dataset
+from so101.data import layout, writer
+from so101.data.dataset import open_dataset
 from so101.data.labels import labels_path
+from so101.data.writer import DatasetWriter
 from so101.env import EnvConfig
 from so101.errors import HardwareError, SafetyStop, UserError
 from so101.rig import RigConfig, open_rig
@@ -117,14 +118,14 @@ def strike(rig, fault):
 
 def strike_while_saving(fault, rig_of, monkeypatch):
     """Between the second and the third of the four files of an episode."""
-    moved, move = itertools.count(1), dataset._move
+    moved, move = itertools.count(1), writer._move
 
     def move_and_strike(*paths):
         move(*paths)
         if next(moved) == 2:
             strike(rig_of(), fault)
 
-    monkeypatch.setattr(dataset, "_move", move_and_strike)
+    monkeypatch.setattr(writer, "_move", move_and_strike)
 
 
 def strike_while_closing(fault, rig, saved):

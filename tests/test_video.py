@@ -10,8 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from so101.data.video import CODECS, VideoWriter, av, count_frames, read_frames
-from so101.errors import DataError, UserError
+from so101.data.video import (
+    CODECS,
+    OPEN_READERS,
+    QUEUE_FRAMES,
+    VideoReader,
+    VideoWriter,
+    _works,
+    av,
+    count_frames,
+    read_frame,
+    require_codec,
+)
+from so101.errors import ConfigError, DataError, EpisodeAborted, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,12 +31,17 @@ def flat(value: int, height: int = 32, width: int = 48) -> np.ndarray:
     return np.full((height, width, 3), value, np.uint8)
 
 
-def write(path: Path, frames: list[np.ndarray], fps: float = 10, codec: str = "libx264") -> Path:
+def write(path: Path, frames: list[np.ndarray], fps: float = 10, codec: str = "h264") -> Path:
     writer = VideoWriter(path, fps, *frames[0].shape[:2], codec)
     for frame in frames:
         writer.add(frame)
     writer.close()
     return path
+
+
+def read_frames(path: Path, start: int = 0) -> list[np.ndarray]:
+    with VideoReader(path) as reader:
+        return list(reader.frames(start))
 
 
 def test_cv2_is_imported_before_av() -> None:
@@ -90,8 +106,71 @@ def test_the_wrong_frame_is_refused(tmp_path: Path) -> None:
     writer.abort()
     with pytest.raises(DataError, match="must be even"):
         VideoWriter(tmp_path / "b.mp4", 10, 33, 48)
-    with pytest.raises(DataError, match="libx264, libsvtav1, mpeg4"):
-        VideoWriter(tmp_path / "b.mp4", 10, 32, 48, "hevc")
+
+
+def test_a_codec_that_the_machine_lacks_is_told_with_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for codec in CODECS:
+        require_codec(codec)
+    monkeypatch.setitem(CODECS, "av1", ("libnone", {}))
+    _works.cache_clear()
+    with pytest.raises(ConfigError, match=r"cannot encode av1 \(libnone\); it can h264, mpeg4"):
+        require_codec("av1")
+    _works.cache_clear()
+
+
+def encode(path: Path, encoder: str, options: dict[str, str], gop: int, b_frames: int, start: int = 0) -> None:
+    """50 frames of brightness 5 i, as other programs encode: long groups, reordered frames, a late start."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(encoder, rate=10, options=options)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames
+        for i in range(50):
+            frame = av.VideoFrame.from_ndarray(flat(5 * i, 48, 64), format="rgb24")
+            frame.pts = start + i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("h264.mp4", ("libx264", {"preset": "ultrafast"}, 2, 0)),
+        ("reordered.mp4", ("libx264", {"preset": "medium"}, 12, 3)),
+        ("open_groups.mp4", ("libx264", {"preset": "medium", "x264-params": "open-gop=1"}, 12, 3)),
+        ("one_group.mp4", ("libx264", {"preset": "ultrafast"}, 250, 0)),
+        ("late.mp4", ("libx264", {"preset": "medium"}, 12, 3, 7)),
+        ("mpeg4.mp4", ("mpeg4", {"qscale": "2"}, 12, 2)),
+        ("av1.mp4", ("libsvtav1", {"preset": "12", "crf": "30", "svtav1-params": "lp=1"}, 20, 0)),
+        ("matroska.mkv", ("libx264", {"preset": "medium"}, 12, 3)),
+    ],
+)
+def test_any_frame_in_any_order_is_the_one_that_decoding_from_the_start_gives(tmp_path, name, arguments):
+    encode(tmp_path / name, *arguments)
+    with av.open(str(tmp_path / name)) as container:  # PyAV alone, from the start
+        truth = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert np.abs([frame.mean() - 5 * i for i, frame in enumerate(truth)]).max() < 5
+    with VideoReader(tmp_path / name) as reader:
+        for index in [*np.random.default_rng(0).integers(0, 50, 60), 49, 0, 1, 2, 25, 26]:
+            assert np.array_equal(reader.frame(index), truth[index]), index
+        with pytest.raises(DataError, match="there is no frame 50, it holds 50"):
+            reader.frame(50)
+        assert np.array_equal(reader.frame(13), truth[13])
+    for start in (1, 7, 24, 49):
+        rest = read_frames(tmp_path / name, start)
+        assert len(rest) == 50 - start and all(map(np.array_equal, rest, truth[start:]))
+
+
+def test_open_readers_are_few_and_see_a_file_that_was_replaced(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{i}.mp4", [flat(20 * i)] * 3) for i in range(2 * OPEN_READERS)]
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    for index in range(3):
+        for i, path in enumerate(paths):
+            assert round(read_frame(path, index).mean() / 20) == i
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/fd")) - before <= OPEN_READERS
+    write(tmp_path / "new.mp4", [flat(200)] * 4)
+    os.replace(tmp_path / "new.mp4", paths[-1])
+    assert abs(read_frame(paths[-1], 3).mean() - 200) < 5
 
 
 def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
@@ -117,7 +196,7 @@ def test_a_full_disk_reaches_the_caller_and_never_hangs_it(tmp_path: Path) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     writer.abort()
-    with pytest.raises(UserError, match="cannot start a libx264 video"):
+    with pytest.raises(UserError, match="cannot start a h264 video"):
         VideoWriter(Path("/dev/full"), 10, 32, 48)
 
 
@@ -167,3 +246,22 @@ def test_an_interrupt_at_any_instant_leaves_an_encoder_that_can_be_stopped(tmp_p
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def test_an_encoder_that_cannot_keep_up_costs_the_episode_and_never_a_frame(tmp_path: Path) -> None:
+    """Beside an arm that moves nobody waits; frames are larger here than any encoder takes in 10 ms."""
+    noise = np.random.default_rng(0).integers(0, 255, (1080, 1920, 3), np.uint8)
+    writer = VideoWriter(tmp_path / "a.mp4", 10, 1080, 1920, may_wait=False)
+    with pytest.raises(EpisodeAborted, match="encoder is 32 frames behind"):
+        for _ in range(20 * QUEUE_FRAMES):
+            writer.add(noise)
+    writer.close()  # what went in is in the file
+    assert count_frames(tmp_path / "a.mp4") == writer.frames >= QUEUE_FRAMES
+
+
+def test_an_encoder_that_fails_is_told_apart_from_a_disk_that_does(tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", 10, 32, 48)
+    writer.add(flat(1))
+    writer._queue.put(np.zeros((3, 3), np.uint8))  # what it cannot take
+    with pytest.raises(EpisodeAborted, match=r"a\.mp4: the encoder failed"):
+        writer.close()

@@ -1,16 +1,19 @@
 """How a v3.0 dataset looks on disk: its paths, its columns, its tables as LeRobot reads them."""
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from so101.data.video import CODECS, DEFAULT_CODEC, PIXEL_FORMAT, check_size
+from so101.data.video import PIXEL_FORMAT, Codec, check_size
 from so101.errors import DataError
 from so101.schema import ACTION, STATE
 
@@ -38,7 +41,9 @@ PLACE = {
 }
 
 
-def new_info(fps: float, cameras: Mapping[str, tuple[int, int]], schema: dict[str, Any]) -> dict[str, Any]:
+def new_info(
+    fps: float, cameras: Mapping[str, tuple[int, int]], schema: dict[str, Any], codec: Codec
+) -> dict[str, Any]:
     """info.json of an empty dataset; `cameras` are name -> (height, width).
 
     Raises DataError for a camera whose name or size cannot be used.
@@ -49,7 +54,7 @@ def new_info(fps: float, cameras: Mapping[str, tuple[int, int]], schema: dict[st
         check_size(height, width, f"camera {camera}")
         if "/" in camera or not camera:
             raise DataError(f"camera name {camera!r}: must not be empty or contain '/'")
-        video = {"video.height": height, "video.width": width, "video.codec": CODECS[DEFAULT_CODEC][0]}
+        video: dict[str, Any] = {"video.height": height, "video.width": width, "video.codec": codec}
         video |= {"video.pix_fmt": PIXEL_FORMAT, "video.is_depth_map": False, "video.fps": fps}
         video |= {"video.channels": 3, "has_audio": False}
         names = ["height", "width", "channels"]
@@ -161,9 +166,9 @@ def address(row: dict[str, Any], prefix: str) -> dict[str, int]:
         raise DataError(f"meta/episodes: episode {row.get('episode_index')} has no {error}") from None
 
 
-def video_keys(features: dict[str, Any]) -> list[str]:
-    """The features that are videos."""
-    return [key for key, feature in features.items() if feature["dtype"] == "video"]
+def pictures(features: dict[str, Any]) -> dict[str, Any]:
+    """The features that are a camera's: videos, or stills in the rows."""
+    return {key: feature for key, feature in features.items() if feature["dtype"] in ("video", "image")}
 
 
 def camera_of(video_key: str) -> str:
@@ -172,42 +177,104 @@ def camera_of(video_key: str) -> str:
 
 
 def image_size(feature: dict[str, Any]) -> tuple[int, int]:
-    """Height and width; HIL-SERL recordings made elsewhere put the channels first."""
-    height, width = feature["shape"][1:] if feature["shape"][0] == 3 else feature["shape"][:2]
+    """Height and width; HIL-SERL recordings made elsewhere put the channels first.
+
+    Raises DataError for a shape that is no picture's.
+    """
+    shape = feature["shape"]
+    if len(shape) != 3 or 3 not in (shape[0], shape[2]):
+        raise DataError(f"meta/info.json: a picture of shape {shape}, must be height, width, 3 or 3, height, width")
+    height, width = shape[:2] if shape[2] == 3 else shape[1:]
     return height, width
 
 
-def parquet_file(path: Path) -> pq.ParquetFile:
-    """Open a parquet file; use it in a `with`. Raises DataError where it is missing or damaged."""
-    try:
-        return pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing, though an episode is recorded in it; put it back") from None
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from error
+def _footer(path: Path) -> pq.FileMetaData:
+    with _reading(path):
+        return pq.read_metadata(path)
 
 
 def column_names(path: Path) -> list[str]:
     """The columns of a parquet file. Raises DataError where it is missing or damaged."""
-    with parquet_file(path) as file:
-        return list(file.schema_arrow.names)
+    return list(_footer(path).schema.to_arrow_schema().names)
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a parquet file, or some of its columns. Raises DataError where it is missing or damaged."""
-    with parquet_file(path) as file:
-        try:
-            return file.read(columns)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: not a readable parquet file: {error}") from error
+    """Read a parquet file, or some of its columns. Raises DataError where it is missing or damaged, or has them not."""
+    with _reading(path), pq.ParquetFile(path) as file:
+        if gone := sorted(set(columns or ()) - set(file.schema_arrow.names)):
+            raise DataError(f"{path}: has no column {gone[0]}")
+        return file.read(columns)
+
+
+def read_parts(paths: list[Path], wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
+    """The rows of many small files of like columns, those `wanted`; pyarrow reads them side by side.
+
+    One at a time, 1,000 episode files of 170 columns took 2.3 s, so 0.8. Raises DataError, naming the file, where
+    one is missing or damaged.
+    """
+    try:
+        parts = pads.dataset([str(path) for path in paths], format="parquet")
+        rows: list[dict[str, Any]] = parts.to_table(columns=[n for n in parts.schema.names if wanted(n)]).to_pylist()
+        return rows
+    except (OSError, pa.ArrowException) as error:
+        for path in paths:
+            read_parquet(path)  # finds the one, and names it
+        raise DataError(f"{paths[0].parent}: not readable together: {error}") from error
+
+
+def read_rows(path: Path, episode: int | None, without: Collection[str] = ()) -> pa.Table:
+    """The rows of one episode, or of the whole file (None), `without` some columns.
+
+    Raises DataError where the file is missing or damaged.
+    """
+    names = [name for name in column_names(path) if name not in without]
+    if episode is None:
+        return read_parquet(path, names)
+    with _reading(path):
+        return pq.read_table(path, columns=names, filters=[("episode_index", "==", episode)])
+
+
+def episode_lengths(path: Path) -> dict[int, int]:
+    """How many rows of each episode a data file holds: from its footer where that says it (0.1 ms), else counted.
+
+    Raises DataError where the file is missing or damaged.
+    """
+    footer, lengths = _footer(path), Counter[int]()
+    for group in (footer.row_group(number) for number in range(footer.num_row_groups)):
+        columns = (group.column(number) for number in range(group.num_columns))
+        known = next((column.statistics for column in columns if column.path_in_schema == "episode_index"), None)
+        if known is None or not known.has_min_max or known.min != known.max:
+            return dict(Counter(read_parquet(path, ["episode_index"])["episode_index"].to_pylist()))
+        lengths[known.min] += group.num_rows
+    return dict(lengths)
 
 
 def to_numpy(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """(T,) of scalars, or (T, d) of lists; a list of one is a scalar, as some recorders write rewards."""
+    """(T,) of scalars, or (T, d) of lists; a list of one is a scalar, as some recorders write rewards.
+
+    Raises DataError where rows are empty or of different lengths.
+    """
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise DataError(f"{where}: row {row} is empty")
     if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
         return column.to_numpy()
     widths = set(pc.list_value_length(column).to_pylist())
-    if len(widths) != 1 or None in widths:
-        raise DataError(f"{where}: rows of different lengths: {sorted(widths, key=str)}")
-    rows = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    if len(widths) != 1:
+        raise DataError(f"{where}: rows of different lengths: {sorted(widths)}")
+    inner = column.combine_chunks().flatten()
+    if inner.null_count:
+        raise DataError(f"{where}: has entries that are empty")
+    rows = np.array(inner.to_pylist()) if pa.types.is_nested(inner.type) else inner.to_numpy(zero_copy_only=False)
+    rows = rows.reshape(len(column), -1)
     return rows[:, 0] if rows.shape[1] == 1 else rows
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, though an episode is recorded in it; put it back") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file: {error}") from error
