@@ -5,7 +5,8 @@
     python record.py resume=true                       go on after an interruption
 
 The leader drives from the first tick. The success key marks where success starts and recording goes on,
-so that the classifier sees many positive frames. Each finished episode is on disk before the next begins.
+so that the classifier sees many positive frames. Each finished episode is on disk before the next begins, and what
+is wrong with it (so101/data/lint.py) is said then.
 To keep it, do nothing; r drops the take in progress, or during the reset leaves the one before out, and it is
 recorded again; p makes the next episode wait.
 """
@@ -20,6 +21,7 @@ from so101.config import launch, load, option, require_within, save
 from so101.data.dataset import open_dataset
 from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path, load_labels
 from so101.data.lint import Finding, Linter, Pictures, unmoved
+from so101.data.video import CODEC_HELP, Codec
 from so101.data.writer import DatasetWriter
 from so101.env import Env, EnvConfig, Observation
 from so101.errors import ConfigError, DataError, EpisodeAborted
@@ -31,7 +33,7 @@ from so101.schema import ACTION, Preprocess, RewardSpec
 from so101.tools.lint import ROBOT, shortened
 
 # Nothing that is on the disk is taken back: the label leaves it out.
-FAULTY = Cue("fault", "episode {} has an error: r while the arm resets leaves it out, label.py does so later", (880, 220))
+FAULTY = Cue("fault", "episode {} is faulty: press r in the reset to leave it out, or skip it in label.py", (880, 220))
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Config:
     steps_after_success: int | None = option(12, "steps recorded after the success key; null: until time is up")
     resume: bool = option(False, "append to a dataset that is there, up to `episodes` in all")
     seed: int = option(0, "seed of the simulated world and of the random start poses")
+    codec: Codec = option("h264", CODEC_HELP)
     rig: RigConfig = option(RigConfig(), "arms, cameras, person")
     env: EnvConfig = option(EnvConfig(), "the task's geometry and timing")
     preprocess: Preprocess = option(Preprocess(), "what the networks will see of a frame; recorded frames stay native")
@@ -99,8 +102,9 @@ def main(config: Config) -> None:
         env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)
         folder.parent.mkdir(parents=True, exist_ok=True)
         writer = DatasetWriter(
-            folder, fps=config.env.fps, cameras=config.rig.frame_sizes, task=config.task, schema=schema
-        )
+            folder, fps=config.env.fps, cameras=config.rig.frame_sizes, task=config.task, schema=schema,
+            codec=config.codec, may_wait=config.rig.simulated,
+        )  # fmt: skip
         stack.enter_context(closing(writer))
         save(config, config_path(folder))  # not before the writer has agreed to it
         labels = label_the_last(folder, labels)
@@ -189,7 +193,8 @@ def record_episode(
 ) -> tuple[EpisodeLabel | None, bool, bool]:
     """Record one episode: its live label (None without a verdict), whether it was kept, whether the person quits.
 
-    `pictures` of each camera see every observation. Raises EpisodeAborted where nobody moved the leader: such actions teach to do nothing.
+    `pictures` of each camera see every observation. Raises EpisodeAborted where nobody moved the leader: such actions
+    teach to do nothing.
     """
     started = observation.time
     success_from: int | None = None

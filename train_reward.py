@@ -24,7 +24,7 @@ import torch
 from so101.config import launch, option, to_dict
 from so101.data.dataset import Dataset, open_dataset
 from so101.data.labels import Labels, labels_path, load_labels
-from so101.episodes import labelled_frames
+from so101.episodes import labelled, load_images, load_states
 from so101.errors import DataError
 from so101.learn.resnet10 import load_resnet10, trunk_hash
 from so101.learn.reward import RewardConfig, save_reward
@@ -32,6 +32,7 @@ from so101.learn.reward_training import encode_views, train_classifier
 from so101.plots import curve, html_table, image_tag, write_report
 from so101.runlog import Progress
 from so101.schema import STATE, UNITS, Preprocess, require_same
+from so101.tools.lint import require_clean
 
 
 @dataclass
@@ -57,6 +58,7 @@ def main(config: Config) -> None:
         raise DataError(f"{dataset.folder}: says nothing of its states and cameras; convert it first")
     wanted = {"state": list(STATE), "units": UNITS, "image": asdict(config.preprocess)}
     require_same({key: dataset.schema.get(key) for key in wanted}, wanted, str(dataset.folder))
+    require_clean(dataset)
     labels_file = labels_path(dataset.folder)
     labels = load_labels(dataset.folder, len(dataset.episodes))
     images, states, success, episode_ids = load_frames(dataset, labels, config.preprocess)
@@ -93,18 +95,15 @@ def load_frames(
     dataset: Dataset, labels: Labels | None, spec: Preprocess
 ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
     """All labelled observations: images (N, cameras, S, S, 3), states (N, 18), success (N,), episode ids (N,)."""
-    images, states, success, ids = [], [], [], []
-    with Progress("read", len(dataset.episodes), "episode") as progress:
-        for index, seen, felt, succeeded in labelled_frames(dataset, labels, spec):
-            images.append(seen)
-            states.append(felt)
-            success.append(succeeded)
-            ids.append(np.full(len(succeeded), index))
-            progress.update(len(ids))
-    if not ids:
+    known = labelled(dataset, labels)
+    if not known:
         raise DataError(f"{dataset.folder}: no episode is labelled; label some with label.py")
-    seen_frames = torch.from_numpy(np.concatenate(images))
-    return seen_frames, np.concatenate(states), np.concatenate(success), np.concatenate(ids)
+    episodes = [episode for episode, _ in known]
+    with Progress("read", sum(episode.observations for episode in episodes), "frame") as progress:
+        images = torch.from_numpy(load_images(episodes, spec, progress.update))
+    ids = np.concatenate([np.full(episode.observations, episode.index) for episode in episodes])
+    states = np.concatenate([load_states(episode) for episode in episodes])
+    return images, states, np.concatenate([success for _, success in known]), ids
 
 
 def write_page(path: Path, report: dict[str, Any], images: torch.Tensor, success: np.ndarray) -> None:

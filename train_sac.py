@@ -35,9 +35,10 @@ from so101.config import launch, option, require_within
 from so101.data.dataset import open_dataset
 from so101.data.labels import EpisodeLabel, Labels, label_episode, load_labels
 from so101.data.lint import START_TOLERANCE
+from so101.data.video import CODEC_HELP, Codec
 from so101.data.writer import DatasetWriter
 from so101.env import Env, EnvConfig, Observation, Step
-from so101.episodes import Trajectory, first_success, observed_success, trajectory
+from so101.episodes import Trajectory, first_success, labelled, observed_success, trajectories
 from so101.errors import ConfigError, DataError, EpisodeAborted, UserError
 from so101.learn.checkpoint import load_checkpoint, save_checkpoint
 from so101.learn.eyes import Eyes
@@ -73,6 +74,7 @@ class Config:
     resume: bool = option(False, "go on with a run that is there, from its last checkpoint and its episodes")
     seed: int = option(0, "seed of everything random")
     device: str = option("cpu", "cpu, cuda or mps")
+    codec: Codec = option("h264", CODEC_HELP)
     rig: RigConfig = option(RigConfig(), "arms, cameras, person")
     env: EnvConfig = option(EnvConfig(), "the task's geometry and timing")
     preprocess: Preprocess = option(Preprocess(), "how a frame becomes the network's image")
@@ -161,28 +163,32 @@ def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: Eyes) -> Ite
                 action = policy.act(eyes.features(observation), observation.state, False, noise)
             try:
                 step = env.step(action)
+                dropped, quits = "redo" in step.events, "quit" in step.events
+                truncated = step.truncated or (bool(step.events & {"quit", "end"}) and not step.terminated)
+                ended = step.terminated or truncated
+                if not dropped:
+                    run.episodes.add(
+                        observation.state, step.action, observation.frames,
+                        reward=float(step.success), done=step.terminated, truncated=truncated,
+                        is_intervention=step.by_human, capture_time=observation.time - started,
+                    )  # fmt: skip
+                if ended and not dropped:  # on disk before the learner goes on from it
+                    run.episodes.save_episode(
+                        step.observation.state, step.observation.frames, step.observation.time - started
+                    )
             except EpisodeAborted as error:
-                step, aborts = None, rig.teleop.drop(error, aborts)
-            if step is None or "redo" in step.events:
+                dropped, aborts = True, rig.teleop.drop(error, aborts)
+            if dropped:
                 run.drop_episode()
                 steps -= len(taken)
                 yield
                 break
-            quits = "quit" in step.events
-            truncated = step.truncated or (bool(step.events & {"quit", "end"}) and not step.terminated)
-            run.episodes.add(
-                observation.state, step.action, observation.frames,
-                reward=float(step.success), done=step.terminated, truncated=truncated,
-                is_intervention=step.by_human, capture_time=observation.time - started,
-            )  # fmt: skip
             observation = step.observation
             seen = eyes.see(observation)
             run.link.send(Moved(step.action, step.reward, step.terminated, truncated, step.by_human, seen))
             taken.append(step)
             steps += 1
-            ended = step.terminated or truncated
-            if ended:  # on disk before the learner goes on from it
-                run.episodes.save_episode(observation.state, observation.frames, observation.time - started)
+            if ended:
                 run.log_episode(steps, taken)
                 aborts = 0
             yield
@@ -245,6 +251,7 @@ class Run:
         self.episodes = DatasetWriter(
             folder / "episodes",
             fps=config.env.fps, cameras=config.rig.frame_sizes, task="online", schema=config.schema(),
+            codec=config.codec, may_wait=config.rig.simulated,
         )  # fmt: skip
         self.starts = np.stack([d.states[0][TOOL_XYZ] for d in demonstrations])
         cameras, size = len(config.rig.cameras), config.preprocess.image_size
@@ -362,7 +369,7 @@ class Run:
             success = observed_success(episode, corrections if corrected else None)
             if success is None:
                 raise DataError(f"{self.episodes.folder}: episode {episode.index} is labelled skip; unlabel it")
-            path = trajectory(episode, success, self.config.preprocess, self.config.reward, consecutive=1)
+            path = trajectories([(episode, success)], self.config.preprocess, self.config.reward, consecutive=1)[0]
             if corrected:  # a person's verdict is an end, also where time had run out
                 path.terminated[-1], path.truncated[-1] = True, False
             self._add(path)
@@ -424,14 +431,10 @@ def load_demonstrations(config: Config) -> list[Trajectory]:
     require_same(dataset.schema, config.schema(), str(folder))
     require_clean(dataset, config.env.locked_joints)
     labels = load_labels(folder, len(dataset.episodes))
-    found = []
-    for episode in dataset.episodes:
-        success = observed_success(episode, labels)
-        if success is not None and first_success(success, CUT_AFTER) is not None:
-            found.append(trajectory(episode, success, config.preprocess, config.reward, CUT_AFTER))
-    if not found:
+    known = [(episode, success) for episode, success in labelled(dataset, labels) if first_success(success, CUT_AFTER)]
+    if not known:
         raise DataError(f"{folder}: has no demonstration that succeeds; label one, or record more")
-    return found
+    return trajectories(known, config.preprocess, config.reward, CUT_AFTER)
 
 
 def make_missing(config: Config) -> None:

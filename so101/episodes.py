@@ -6,7 +6,10 @@ transition is the label of the observation that follows it. Demonstrations, resu
 come through `trajectory` (DESIGN.md, section 4b).
 """
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +41,14 @@ def observed_success(episode: Episode, labels: Labels | None) -> np.ndarray | No
     """
     if labels is not None:
         return labels.success(episode.index, episode.length)
-    rewards = np.asarray(episode.columns()["next.reward"], dtype=np.float32)
-    return np.concatenate([[False], rewards > 0.5])
+    rewards = episode.columns().get("next.reward")
+    return None if rewards is None else np.concatenate([[False], rewards > 0.5])
+
+
+def labelled(dataset: Dataset, labels: Labels | None) -> list[tuple[Episode, np.ndarray]]:
+    """The episodes whose success is known, each with its (T + 1,) bool."""
+    known = ((episode, observed_success(episode, labels)) for episode in dataset.episodes)
+    return [(episode, success) for episode, success in known if success is not None]
 
 
 def first_success(success: np.ndarray, consecutive: int) -> int | None:
@@ -52,32 +61,71 @@ def first_success(success: np.ndarray, consecutive: int) -> int | None:
     return None
 
 
-def observations(episode: Episode, spec: Preprocess) -> tuple[np.ndarray, np.ndarray]:
-    """All T + 1 observations: states (T + 1, 18) float32, images (T + 1, cameras, S, S, 3) uint8.
+def load_states(episode: Episode) -> np.ndarray:
+    """The states of all T + 1 observations, (T + 1, 18) float32.
 
-    Raises DataError where the closing observation is missing: a last transition without its true next
-    observation would bootstrap from a wrong one.
+    Raises DataError where the closing observation is missing: a last transition without its true next observation
+    would bootstrap from a wrong one.
     """
     closing = episode.closing()
     if closing is None:
-        raise DataError(f"{episode}: has no closing observation, so its last transition leads nowhere")
-    states = np.concatenate([episode.columns()["observation.state"], closing.state[None]]).astype(np.float32)
-    views = []
-    for camera, last in closing.frames.items():
-        small = [preprocess(frame, spec) for frame in episode.frames(camera)]
-        views.append(np.stack([*small, preprocess(last, spec)]))
-    return states, np.stack(views, axis=1)
+        raise DataError(
+            f"{episode.data}: episode {episode.index} has no closing observation, so its last transition leads "
+            f"nowhere; `python -m so101.tools.edit convert` takes the last row for it"
+        )
+    return np.concatenate([episode.columns()["observation.state"], closing.state[None]]).astype(np.float32)
 
 
-def trajectory(
-    episode: Episode, success: np.ndarray, spec: Preprocess, reward: RewardSpec, consecutive: int
-) -> Trajectory:
-    """The transitions of a recorded episode, cut where success is complete.
+def load_images(
+    episodes: Sequence[Episode], spec: Preprocess, update: Callable[[int], None] = lambda done: None
+) -> np.ndarray:
+    """The network's images of all observations of some episodes, in order: (N, cameras, S, S, 3) uint8.
 
-    `success` (T + 1,) bool says which observations show it; after `consecutive` of them in a row the
-    episode has terminated and what was recorded beyond is left out.
+    Episodes are decoded side by side, one on each core, straight into the result: nothing is held beside that but a
+    frame for each core. `update` hears how many images are there. Raises DataError as reading them does.
     """
-    states, images = observations(episode, spec)
+    ends = np.cumsum([0, *(episode.observations for episode in episodes)]).tolist()
+    cameras = episodes[0].cameras
+    images = np.empty((ends[-1], len(cameras), spec.image_size, spec.image_size, 3), np.uint8)
+    filled = [0] * len(episodes)  # frames of each episode that are there
+    stop = threading.Event()
+
+    def fill(number: int) -> None:
+        for at, camera in enumerate(cameras):
+            for index, frame in enumerate(episodes[number].observed(camera, threads=1), ends[number]):
+                if stop.is_set():
+                    return
+                images[index, at] = preprocess(frame, spec)
+                filled[number] += 1
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            tasks = [pool.submit(fill, number) for number in range(len(episodes))]
+            while wait(tasks, timeout=0.1, return_when=FIRST_EXCEPTION).not_done:
+                update(sum(filled) // len(cameras))
+            for task in tasks:
+                task.result()
+        finally:  # after an error or a Ctrl-C the pool waits for what was begun
+            stop.set()
+    update(len(images))
+    return images
+
+
+def trajectories(
+    known: Sequence[tuple[Episode, np.ndarray]], spec: Preprocess, reward: RewardSpec, consecutive: int
+) -> list[Trajectory]:
+    """The transitions of recorded episodes, each cut where success is complete.
+
+    Each comes with `success` (T + 1,) bool, which says which observations show it; after `consecutive` of them in a
+    row the episode has terminated and what was recorded beyond is left out.
+    """
+    episodes = [episode for episode, _ in known]
+    images = np.split(load_images(episodes, spec), np.cumsum([episode.observations for episode in episodes])[:-1])
+    return [_cut(*pair, seen, reward, consecutive) for pair, seen in zip(known, images, strict=True)]
+
+
+def _cut(episode: Episode, success: np.ndarray, images: np.ndarray, reward: RewardSpec, consecutive: int) -> Trajectory:
+    states = load_states(episode)
     columns = episode.columns()
     end = first_success(success, consecutive)
     n = episode.length if end is None else max(end, 1)
@@ -89,14 +137,3 @@ def trajectory(
     by_human = np.asarray(columns["complementary_info.is_intervention"], dtype=bool)[:n]
     actions = np.asarray(columns["action"], dtype=np.float32)[:n]
     return Trajectory(states[: n + 1], images[: n + 1], actions, rewards, terminated, truncated, by_human)
-
-
-def labelled_frames(
-    dataset: Dataset, labels: Labels | None, spec: Preprocess
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """For each episode whose success is known: its index, images, states and success, T + 1 of each."""
-    for episode in dataset.episodes:
-        success = observed_success(episode, labels)
-        if success is not None:
-            states, images = observations(episode, spec)
-            yield episode.index, images, states, success

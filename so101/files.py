@@ -2,7 +2,9 @@
 
 import json
 import os
+import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace `path` so that a reader, or a crash at any instant, sees the old bytes or the new ones."""
     if isinstance(content, str):
         content = content.encode()
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")  # two at once must not share it
     try:
         with open(aside, "wb") as file:
             file.write(content)
@@ -37,6 +39,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:  # the person knows the file by its own name
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)  # on a full disk the half of it would keep the rest full
         raise OSError(error.errno, error.strerror, str(path)) from None
     sync_folder(path.parent)
 

@@ -22,5 +22,10 @@ def preprocess(frame: np.ndarray, spec: Preprocess) -> np.ndarray:
         )
     if height != width:
         raise DataError(f"crop of {width}x{height} is not square, so the resize would squash it")
+    if height < spec.image_size:
+        raise DataError(
+            f"a frame of {width}x{height} is smaller than the network's {spec.image_size}x{spec.image_size}, and what "
+            f"was not recorded cannot be learned from: look at it and label it, but record anew to train"
+        )
     cropped = frame[top : top + height, left : left + width]
     return cv2.resize(cropped, (spec.image_size, spec.image_size), interpolation=cv2.INTER_AREA)

@@ -22,7 +22,7 @@ from so101.data import stats
 from so101.data.dataset import Dataset, open_dataset
 from so101.data.video import VideoWriter
 from so101.data.writer import DatasetWriter
-from so101.errors import EXIT_DONE, DataError, UserError
+from so101.errors import EXIT_DONE, DataError, EpisodeAborted, UserError
 
 ROOT = Path(__file__).parents[1]
 SIZE = (32, 48)
@@ -423,6 +423,160 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Disk:
+    """What a power cut leaves of a folder: what fsync has pushed out, of files their bytes, of folders their names.
+
+    A journal may have brought names to the disk earlier than asked; a file that was never synced is empty then.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.bytes: dict[int, bytes] = {}
+        self.names: dict[int, dict[str, int]] = {}
+        self.sync = os.fsync
+
+    def fsync(self, descriptor: int) -> None:
+        self.sync(descriptor)
+        path, inode = Path(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_ino
+        if path.is_dir():
+            self.names[inode] = {entry.name: entry.stat().st_ino for entry in path.iterdir()}
+        else:
+            self.bytes[inode] = path.read_bytes()
+
+    def left(self, to: Path, names_early: bool) -> None:
+        """Lay down what there would be."""
+        live = {path.stat().st_ino: path for path in [self.root, *self.root.rglob("*")]}
+
+        def lay(inode: int, place: Path) -> None:
+            if inode in live and live[inode].is_dir():
+                place.mkdir()
+                names = {e.name: e.stat().st_ino for e in live[inode].iterdir()} if names_early else {}
+                for name, entry in (names or self.names.get(inode, {})).items():
+                    lay(entry, place / name)
+            elif inode in live or inode in self.bytes:
+                place.write_bytes(self.bytes.get(inode, b""))
+
+        lay(self.root.stat().st_ino, to)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file is synced")
+@pytest.mark.parametrize("names_early", [False, True])
+def test_a_power_cut_after_any_sync_leaves_every_saved_episode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names_early: bool
+) -> None:
+    (tmp_path / "live").mkdir()
+    disk, saved, cuts = Disk(tmp_path / "live"), [0], [0]
+
+    def fsync(descriptor: int) -> None:
+        disk.fsync(descriptor)
+        cuts[0] += 1
+        left = tmp_path / f"left{cuts[0]}"
+        disk.left(left, names_early)
+        if (left / "set").exists() or saved[0]:
+            monkeypatch.setattr(os, "fsync", disk.sync)  # the recovery's own are not watched
+            found = open_dataset(left / "set")
+            assert len(found.episodes) in (saved[0], saved[0] + 1)
+            check(found, [3] * len(found.episodes))
+            if cuts[0] % 7 == 0:
+                writer = DatasetWriter(left / "set", **MADE)
+                assert record(writer, len(found.episodes), 2) == len(found.episodes)
+                writer.close()
+            monkeypatch.setattr(os, "fsync", fsync)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer = DatasetWriter(tmp_path / "live/set", **MADE)
+    for episode in range(2):
+        record(writer, episode, 3)
+        saved[0] += 1
+    writer.close()
+    monkeypatch.undo()
+    disk.left(tmp_path / "end", names_early)
+    check(open_dataset(tmp_path / "end/set"), [3, 3])
+    assert cuts[0] > 20
+
+
+def test_a_disk_nearly_full_is_told_before_an_episode_begins(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("so101.data.writer.LEAST_FREE", 10**18)  # an exabyte, which no disk here has
+    writer = DatasetWriter(recorded, **MADE)
+    with pytest.raises(UserError, match=r"the disk has only \d+ MB left.*The 2 episodes saved are whole"):
+        writer.add(state(2, 0), np.zeros(4), frames(2, 0), capture_time=0.0)
+    assert not list((recorded / ".staging").rglob("*"))
+    check(open_dataset(recorded), [4, 6])
+
+
+def test_an_encoder_that_dies_costs_its_episode_and_not_the_recording(recorded: Path) -> None:
+    writer = DatasetWriter(recorded, **MADE)
+    writer.add(state(2, 0), np.zeros(4), frames(2, 0), capture_time=0.0)
+    assert writer._take is not None
+    writer._take.videos["side"]._queue.put(np.zeros((3, 3), np.uint8))  # what no encoder takes
+    with pytest.raises(EpisodeAborted, match="the encoder failed"):
+        writer.save_episode(state(2, 1), closing(2, 1), 0.1)
+    assert record(writer, 2, 5) == 2
+    writer.close()
+    check(open_dataset(recorded), [4, 6, 5])
+
+
+def test_the_index_is_believed_only_while_the_files_are_those_it_was_made_from(recorded: Path) -> None:
+    path = recorded / "meta/episodes/chunk-000/file-001.parquet"
+    index = json.loads((recorded / "meta/index.json").read_text())
+    index["chunk-000/file-001.parquet"][1]["tasks"] = ["from the index"]
+    (recorded / "meta/index.json").write_text(json.dumps(index))
+    assert [e.task for e in open_dataset(recorded).episodes] == ["lift the cube", "from the index"]
+    os.utime(path)  # somebody wrote the file anew
+    assert [e.task for e in open_dataset(recorded).episodes] == ["lift the cube"] * 2
+    for torn in ("", "{", "[]", '{"chunk-000/file-000.parquet": 3}'):
+        (recorded / "meta/index.json").write_text(torn)
+        check(open_dataset(recorded), [4, 6])
+
+
+@pytest.mark.parametrize("name", ["info.json", "stats.json", "tasks.parquet", "episodes/chunk-000/file-001.parquet"])
+def test_a_torn_metadata_file_is_named_or_made_anew(recorded: Path, name: str) -> None:
+    """What can be made from the rest is, by the next recording; nothing else is guessed."""
+    path = recorded / "meta" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    before = tree(recorded)
+    if name in ("stats.json", "tasks.parquet"):
+        check(open_dataset(recorded), [4, 6])
+        assert tree(recorded) == before
+        DatasetWriter(recorded, **MADE).close()
+        assert path.read_bytes() == whole
+    else:
+        for use in (open_dataset, lambda folder: DatasetWriter(folder, **MADE)):
+            with pytest.raises(DataError, match=rf"{Path(name).name}: (no usable JSON|not a readable parquet file)"):
+                use(recorded)
+        assert tree(recorded) == before
+
+
+def test_an_episode_is_taken_over_with_its_video_as_it_is(recorded: Path, tmp_path: Path) -> None:
+    """A part of one, and two that share a file: linked once, addressed by their first frame, not a frame encoded."""
+    episode = open_dataset(recorded).episodes[1]
+    columns, last = episode.columns(), episode.closing()
+    assert last is not None
+    writer = DatasetWriter(tmp_path / "new", **MADE)
+    for first, end in ((0, 6), (2, 5)):
+        videos = {camera: (path, start + first) for camera, (path, start) in episode.videos.items()}
+        writer.copy_episode({name: c[first:end] for name, c in columns.items()}, last, videos, "again")
+    assert record(writer, 2, 3) == 2
+    writer.close()
+    whole, part, own = open_dataset(tmp_path / "new").episodes
+    assert [e.length for e in (whole, part, own)] == [6, 3, 3] and part.task == "again"
+    assert np.array_equal(part.columns()["action"], columns["action"][2:5])
+    assert part.columns()["index"].tolist() == [6, 7, 8]
+    seen = list(episode.frames("side"))
+    assert all(map(np.array_equal, part.frames("side"), seen[2:5])) and np.array_equal(part.frame("side", 1), seen[3])
+    files = sorted((tmp_path / "new/videos").rglob("*.mp4"))
+    assert [path.name for path in files] == ["file-000.mp4", "file-002.mp4"] * 2
+    assert files[0].samefile(recorded / "videos/observation.images.gripper_cam/chunk-000/file-001.mp4")
+    row = pq.read_table(tmp_path / "new/meta/episodes/chunk-000/file-001.parquet").to_pylist()[0]
+    assert row["videos/observation.images.side/file_index"] == 0
+    assert row["videos/observation.images.side/from_timestamp"] == 0.2
+    assert row["videos/observation.images.side/to_timestamp"] == 0.5
+    again = DatasetWriter(tmp_path / "new", **MADE)
+    assert again.recovered == []
+    again.close()
 
 
 @posix

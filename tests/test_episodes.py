@@ -10,7 +10,9 @@ import pytest
 from so101.data.dataset import open_dataset
 from so101.data.labels import EpisodeLabel, Labels
 from so101.data.writer import DatasetWriter
-from so101.episodes import first_success, labelled_frames, observed_success, trajectory
+from so101.episodes import first_success, labelled, load_images, load_states, observed_success, trajectories
+from so101.errors import DataError
+from so101.images import preprocess
 from so101.schema import Preprocess, RewardSpec, describe
 
 SPEC = Preprocess(crop=[0, 0, 64, 64], image_size=64)
@@ -50,7 +52,7 @@ def brightness(images):
 def test_each_transition_leads_from_its_state_by_its_action_to_the_next_state(tmp_path):
     actions = record(tmp_path / "toy", [7, 3])
     for episode, taken in zip(open_dataset(tmp_path / "toy").episodes, actions, strict=True):
-        path = trajectory(episode, np.zeros(episode.length + 1, bool), SPEC, REWARD, consecutive=3)
+        path = trajectories([(episode, np.zeros(episode.length + 1, bool))], SPEC, REWARD, consecutive=3)[0]
         n = episode.length
         assert path.states.shape == (n + 1, 18) and path.images.shape == (n + 1, 1, 64, 64, 3)
         assert np.allclose(path.states[1:, :4], path.states[:-1, :4] + path.actions, atol=1e-6)
@@ -62,7 +64,7 @@ def test_each_transition_leads_from_its_state_by_its_action_to_the_next_state(tm
 def test_a_time_out_bootstraps_from_its_true_next_observation(tmp_path):
     record(tmp_path / "toy", [5])
     (episode,) = open_dataset(tmp_path / "toy").episodes
-    path = trajectory(episode, np.zeros(6, bool), SPEC, REWARD, consecutive=1)
+    path = trajectories([(episode, np.zeros(6, bool))], SPEC, REWARD, consecutive=1)[0]
     assert path.truncated.tolist() == [False] * 4 + [True] and not path.terminated.any()
     assert brightness(path.images)[-1] == 5  # not frame 4 once more, nor another episode's first
 
@@ -73,11 +75,11 @@ def test_success_pays_once_on_the_transition_that_completes_it_and_ends_the_epis
     record(tmp_path / "toy", [8])
     (episode,) = open_dataset(tmp_path / "toy").episodes
     success = np.arange(9) >= 3
-    path = trajectory(episode, success, SPEC, RewardSpec(success=1.0, step_penalty=0.25), consecutive=3)
+    path = trajectories([(episode, success)], SPEC, RewardSpec(success=1.0, step_penalty=0.25), consecutive=3)[0]
     assert path.rewards.tolist() == [-0.25, -0.25, -0.25, -0.25, 0.75]
     assert path.terminated.tolist() == [False, False, False, False, True] and not path.truncated.any()
     assert len(path.states) == 6
-    assert trajectory(episode, success, SPEC, REWARD, consecutive=1).rewards.tolist() == [0, 0, 1]
+    assert trajectories([(episode, success)], SPEC, REWARD, consecutive=1)[0].rewards.tolist() == [0, 0, 1]
 
 
 def test_first_success_needs_its_frames_in_a_row():
@@ -96,14 +98,27 @@ def test_labels_overrule_the_recorded_reward_and_unlabelled_is_not_failure(tmp_p
     labels.set(0, EpisodeLabel(success_start=2))
     assert observed_success(first, labels).tolist() == [False, False, True, True, True]
     assert observed_success(second, labels) is None
-    found = list(labelled_frames(open_dataset(tmp_path / "toy"), labels, SPEC))
-    assert [index for index, *_ in found] == [0] and len(found[0][1]) == 5
+    ((episode, success),) = labelled(open_dataset(tmp_path / "toy"), labels)
+    assert episode.index == 0 and success.tolist() == [False, False, True, True, True]
+
+
+def test_images_loaded_side_by_side_are_those_of_each_frame_in_order(tmp_path):
+    record(tmp_path / "toy", [3, 5, 1, 4])
+    episodes = open_dataset(tmp_path / "toy").episodes
+    heard = []
+    images = load_images(episodes, SPEC, heard.append)
+    each = [preprocess(frame, SPEC) for episode in episodes for frame in episode.observed("wrist")]
+    assert len(each) == 3 + 5 + 1 + 4 + 4 and np.array_equal(images[:, 0], each) and heard[-1] == len(each)
+    assert [len(load_states(episode)) for episode in episodes] == [4, 6, 2, 5]
+    episodes[2].videos["wrist"][0].write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"file-002\.mp4: not a readable video"):
+        load_images(episodes, SPEC)
 
 
 def test_an_episode_without_an_end_is_neither_terminal_nor_cut(tmp_path):
     record(tmp_path / "toy", [3], truncated=False)
     (episode,) = open_dataset(tmp_path / "toy").episodes
-    path = trajectory(episode, np.zeros(4, bool), SPEC, REWARD, consecutive=1)
+    path = trajectories([(episode, np.zeros(4, bool))], SPEC, REWARD, consecutive=1)[0]
     assert not path.terminated.any() and not path.truncated.any() and len(path.actions) == 3
 
 
@@ -111,5 +126,5 @@ def test_an_episode_without_an_end_is_neither_terminal_nor_cut(tmp_path):
 def test_success_at_the_very_start_still_makes_one_transition(tmp_path, at):
     record(tmp_path / "toy", [4])
     (episode,) = open_dataset(tmp_path / "toy").episodes
-    path = trajectory(episode, np.arange(5) >= at, SPEC, REWARD, consecutive=1)
+    path = trajectories([(episode, np.arange(5) >= at)], SPEC, REWARD, consecutive=1)[0]
     assert len(path.actions) == 1 and path.rewards.tolist() == [1.0] and path.terminated.tolist() == [True]

@@ -66,3 +66,9 @@ def test_the_frame_is_left_alone_and_the_order_of_colours_kept():
 def test_refusals(frame, crop, sentence):
     with pytest.raises(DataError, match=sentence):
         preprocess(frame, Preprocess(crop=crop))
+
+
+def test_a_frame_recorded_smaller_than_the_network_is_refused_with_the_reason():
+    """Field record, row 14: the 84x84 recordings had lost what the network was to see."""
+    with pytest.raises(DataError, match="84x84 is smaller than the network's 128x128.* record anew to train"):
+        preprocess(np.zeros((84, 84, 3), np.uint8), Preprocess(crop=None))

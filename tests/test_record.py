@@ -40,6 +40,9 @@ class Scripted:
             return ["end"] if self.look > 12 else []
         return self.person.poll() + self.press()
 
+    def quits(self):
+        return False  # its keys are pressed when it is looked at
+
     def press(self):
         key = self.keys.get((self.take, self.look))
         if callable(key):

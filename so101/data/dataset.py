@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from so101.data import layout
+from so101.data.index import read_index
 from so101.data.video import VideoReader, read_frame
 from so101.errors import DataError
 from so101.files import parse_json, read_json
@@ -48,6 +49,11 @@ class Episode:
     stills: tuple[str, ...] = ()
     alone: bool = True
     closing_path: Path | None = None
+
+    @property
+    def cameras(self) -> list[str]:
+        """The cameras that it was seen by."""
+        return [*self.videos, *self.stills]
 
     @property
     def observations(self) -> int:
@@ -86,6 +92,12 @@ class Episode:
                 count += 1
         if count < self.length:
             raise DataError(f"{path}: episode {self.index} has {self.length} rows, but only {count} frames")
+
+    def observed(self, camera: str, threads: int = 0) -> Iterator[np.ndarray]:
+        """The frames of all observations: those of the rows, and the closing one where it was kept."""
+        yield from self.frames(camera, threads)
+        if (closing := self.closing()) is not None:
+            yield closing.frames[camera]
 
     def frame(self, camera: str, index: int) -> np.ndarray:
         """The frame of one observation, 0 .. observations - 1: (height, width, 3) uint8 RGB, at random access.
@@ -260,7 +272,9 @@ def episode_rows(folder: Path, with_stats: bool = False) -> list[dict[str, Any]]
     Raises DataError for a file that is damaged, and for an episode that is missing.
     """
     paths = sorted((folder / "meta" / "episodes").glob("chunk-*/*.parquet"))
-    rows = layout.read_parts(paths, lambda name: with_stats or not name.startswith("stats/"))
+    known = {} if with_stats else read_index(folder, paths)
+    unknown = [path for path in paths if path not in known]
+    rows = [*known.values(), *layout.read_parts(unknown, lambda name: with_stats or not name.startswith("stats/"))]
     rows.sort(key=lambda row: row["episode_index"])
     _require_whole([row["episode_index"] for row in rows], f"{folder}/meta/episodes")
     return rows

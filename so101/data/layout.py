@@ -209,9 +209,10 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 def read_parts(paths: list[Path], wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
     """The rows of many small files of like columns, those `wanted`; pyarrow reads them side by side.
 
-    One at a time, 1,000 episode files of 170 columns took 2.3 s, so 0.8. Raises DataError, naming the file, where
-    one is missing or damaged.
+    Raises DataError, naming the file, where one is missing or damaged.
     """
+    if not paths:
+        return []
     try:
         parts = pads.dataset([str(path) for path in paths], format="parquet")
         rows: list[dict[str, Any]] = parts.to_table(columns=[n for n in parts.schema.names if wanted(n)]).to_pylist()

@@ -1,9 +1,11 @@
-"""One writer to a folder: a lock that the operating system lets go of when its holder dies."""
+"""One writer at a time: locks that the operating system lets go of when their holder dies."""
 
 import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -44,9 +46,25 @@ class FolderLock:
             self._file.close()
 
 
-def _lock(file: IO[str]) -> None:
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """For the moment that it takes to read a file of `folder`, change it and write it: others wait their turn."""
+    if sys.platform == "win32":  # where a folder cannot be opened
+        with open(folder / ".turn", "a+") as file:
+            _lock(file, waiting=True)
+            yield
+    else:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _lock(file: IO[str], waiting: bool = False) -> None:
     if sys.platform == "win32":
         file.seek(BYTE)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if waiting else msvcrt.LK_NBLCK, 1)
     else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -193,6 +193,7 @@ class VideoReader:
         self._stream.thread_type, self._stream.codec_context.thread_count = "AUTO", threads
         self._decoded: Iterator[av.VideoFrame] = self._container.decode(self._stream)
         self._next = 0  # the number of the frame that `_decoded` gives next
+        self._converter = av.video.reformatter.VideoReformatter()
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -211,7 +212,7 @@ class VideoReader:
             self._go_to(start)
             for frame in self._decoded:
                 if self._next >= start:
-                    yield frame.to_ndarray(format="rgb24")
+                    yield self._rgb(frame)
                 self._next += 1
 
     def frame(self, index: int) -> np.ndarray:
@@ -221,8 +222,12 @@ class VideoReader:
             for frame in self._decoded:
                 self._next += 1
                 if self._next > index:
-                    return frame.to_ndarray(format="rgb24")
+                    return self._rgb(frame)
         raise DataError(f"{self.path}: there is no frame {index}, it holds {len(self.times)}")
+
+    def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        # frame.to_ndarray makes a converter for each frame, with a thread for each core: 0.6 ms at 640x480 for 0.2.
+        return self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
     @functools.cached_property
     def times(self) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from so101.data import layout
+from so101.data import index, layout
 from so101.data.dataset import Closing, episode_rows, open_dataset, read_info
 from so101.data.lock import FolderLock
 from so101.data.stats import (
@@ -233,10 +233,13 @@ class DatasetWriter:
                 writer.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Discard an episode in progress and let go of the folder."""
-        self._open = False
+        """Discard an episode in progress, index what is saved, and let go of the folder."""
+        was_open, self._open = self._open, False
         try:
             self.discard_episode()
+            if was_open:
+                with suppress(OSError):  # on a full disk: without it, opening takes longer
+                    index.write_index(self.folder, self._rows)
         finally:
             self._lock.release()
 
@@ -418,6 +421,7 @@ def _make(folder: Path, info: dict[str, Any]) -> None:
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.new")  # renamed when whole, as files are
     (aside / "meta").mkdir(parents=True)
     write_atomic(aside / "meta" / "info.json", _json(info))
+    sync_folder(aside)  # or a power cut could leave the folder without its meta
     os.rename(aside, folder)
     sync_folder(folder.parent)
 
