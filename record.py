@@ -21,7 +21,7 @@ from so101.config import launch, load, option, require_within, save
 from so101.data.dataset import open_dataset
 from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path, load_labels
 from so101.data.lint import Finding, Linter, Pictures, unmoved
-from so101.data.video import CODEC_HELP, Codec
+from so101.data.video import CODEC_HELP, Codec, require_codec
 from so101.data.writer import DatasetWriter
 from so101.env import Env, EnvConfig, Observation
 from so101.errors import ConfigError, DataError, EpisodeAborted
@@ -57,6 +57,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.failures is None:
             self.failures = self.episodes * 12 // 70
+        require_codec(self.codec)
         require_within(self, episodes=(1, 1_000_000), failures=(0, self.episodes), seed=(0, 2**31))
         if self.steps_after_success is not None:
             require_within(self, steps_after_success=(1, 1_000_000))

@@ -35,7 +35,7 @@ from so101.config import launch, option, require_within
 from so101.data.dataset import open_dataset
 from so101.data.labels import EpisodeLabel, Labels, label_episode, load_labels
 from so101.data.lint import START_TOLERANCE
-from so101.data.video import CODEC_HELP, Codec
+from so101.data.video import CODEC_HELP, Codec, require_codec
 from so101.data.writer import DatasetWriter
 from so101.env import Env, EnvConfig, Observation, Step
 from so101.episodes import Trajectory, first_success, labelled, observed_success, trajectories
@@ -88,6 +88,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        require_codec(self.codec)
         many = 1_000_000_000
         require_within(
             self, steps=(1, many), learning_starts=(0, many), checkpoint_every=(1, many),

@@ -22,8 +22,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Push a finished file's bytes to the disk."""
-    with open(path, "rb+") as file:
+    """Push a finished file's bytes to the disk. Windows does so only for a file that may be written."""
+    with open(path, "rb" if os.name == "posix" else "rb+") as file:
         os.fsync(file.fileno())
 
 

@@ -308,7 +308,7 @@ def test_frames_kept_in_the_rows_as_pictures(foreign: Path) -> None:
         (lambda f: edit_info(f, lambda i: i["features"][KEY].update(shape=[48, 64])), r"a picture of shape \[48, 64\]"),
         (lambda f: rewrite(f, lambda columns: columns.pop("episode_index")), r"has no column episode_index"),
         (
-            lambda f: rewrite(f, lambda c: c.update({"next.reward": pa.array([None] + [0.0] * (len(c["action"]) - 1))})),
+            lambda f: rewrite(f, lambda c: c.update({"next.reward": pa.array([None] + [0.0] * (len(c["index"]) - 1))})),
             r"next\.reward: row 0 is empty",
         ),
         (

@@ -29,7 +29,7 @@ from so101.data.stats import (
     merge_stats,
     sampled_frames,
 )
-from so101.data.video import Codec, VideoWriter, read_frame, require_codec
+from so101.data.video import Codec, VideoWriter, read_frame
 from so101.errors import DataError, EpisodeAborted, UserError
 from so101.files import sync_file, sync_folder, write_atomic
 from so101.schema import ACTION, STATE, require_same
@@ -84,12 +84,10 @@ class DatasetWriter:
         """Make a new, empty dataset, or go on after the last saved episode of one that is there.
 
         `cameras`: name -> (height, width); `schema`: of schema.describe; `may_wait`: see VideoWriter; `provenance`:
-        JSON that a new dataset keeps in its info.json. Prints what a kill had left behind. Raises ConfigError for a
-        codec that this machine does not have, DataError for a camera's name or size that cannot be used, and, for a
-        folder that is there, where fps, cameras, codec or schema are not those it was made with, a file is missing,
-        another program made it, or another process is writing to it.
+        JSON that a new dataset keeps in its info.json. Prints what a kill had left behind. Raises DataError for a
+        camera's name or size that cannot be used, and, for a folder that is there, where fps, cameras, codec or schema
+        are not those it was made with, a file is missing, another program made it, or another process writes to it.
         """
-        require_codec(codec)
         self.folder, self.fps, self.task, self.codec, self.may_wait = Path(folder), fps, task, codec, may_wait
         self.cameras = {name: (height, width) for name, (height, width) in cameras.items()}
         if self.folder.exists():

@@ -15,6 +15,7 @@ import numpy as np
 
 from so101.config import launch, option, require_within
 from so101.data.dataset import Dataset, open_dataset
+from so101.data.lint import START_TOLERANCE
 from so101.env import HOME_TILT, Env, EnvConfig
 from so101.errors import ConfigError, DataError
 from so101.rig import RigConfig, describe_task, open_rig
@@ -22,7 +23,6 @@ from so101.robot.kinematics import TIP_BELOW_TOOL
 from so101.runlog import Progress
 from so101.schema import ACTION, OPENING, STATE, TOOL_XYZ, Preprocess, RewardSpec, require_same
 
-START_TOLERANCE = 0.02  # m; as for a policy, whose start is compared with its demonstrations' own
 OPENING_TOLERANCE = 0.1
 TURNED = slice(STATE.index("tool.roll"), STATE.index("tool.yaw") + 1)
 NEEDED = ("state", "action", "units", "action_scale_m", "gripper_step", "fps")  # cameras and crop move nothing
