@@ -23,7 +23,7 @@ import torch
 from so101.config import from_dict, launch, option, require_within
 from so101.data.video import VideoWriter
 from so101.env import Env, EnvConfig
-from so101.errors import DataError, EpisodeAborted
+from so101.errors import ConfigError, DataError, EpisodeAborted
 from so101.files import read_json, write_atomic
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
 from so101.learn.eyes import Eyes
@@ -50,6 +50,10 @@ class Config:
 
     def __post_init__(self) -> None:
         require_within(self, episodes=(1, 1_000_000), seed=(0, 2**31))
+        if not self.run:
+            raise ConfigError("run: got no name; give the run folder that train_sac.py made")
+        if self.video is not None and Path(self.video).suffix.lower() != ".mp4":
+            raise ConfigError(f"video: got {self.video!r}, needs a name that ends in .mp4, the only kind written here")
 
 
 def main(config: Config) -> None:

@@ -94,7 +94,7 @@ def parse(cls: type[T], argv: list[str], description: str) -> T:
                 raise ConfigError(f"command line: {word} needs a value after it (--help says which)")
             overrides.append(_nested(f"{name}={value}"))
         elif equals and not word.startswith("-"):
-            overrides.append(_nested(word))
+            overrides.append(_nested(f"{_field_of(cls, key)}={text}"))
         else:
             alone.append(word)
     if len(files) > 1 or "" in files:
@@ -321,8 +321,10 @@ def help_text(cls: Any, description: str) -> str:
         if text and len(name) <= 28:
             wrapped[0] = f"  {name}".ljust(32) + wrapped[0].lstrip()
             lines += wrapped
+        elif text:
+            lines += [f"  {name}", *wrapped]
         else:
-            lines += [f"  {name}" if text else name, *wrapped]
+            lines += textwrap.wrap(name, HELP_COLUMNS, subsequent_indent="  ") or [""]
     return "\n".join(lines)
 
 
@@ -331,7 +333,7 @@ def _help_rows(cls: Any, defaults: dict[str, Any], prefix: str) -> Iterator[tupl
     hints = get_type_hints(cls)
     sections: list[tuple[str, str, Any, Any]] = []
     for field in dataclasses.fields(cls):
-        name, hint, meaning = prefix + field.name, hints[field.name], field.metadata.get("help", "")
+        name, hint, meaning = prefix + field.name.rstrip("_"), hints[field.name], field.metadata.get("help", "")
         default = defaults.get(field.name)
         shown = "required" if _required(field) else f"default {json.dumps(default)}"
         arm = next(iter(_arms(hint)))

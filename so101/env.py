@@ -4,7 +4,8 @@ One plain class instead of a stack of wrappers, because the order is the point: 
 leash, box, IK, limits, write, leader, wait, read, safety, reward (DESIGN.md, section 5).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,15 +16,20 @@ from so101.errors import ConfigError, EpisodeAborted
 from so101.images import preprocess
 from so101.robot import safety
 from so101.robot.arm import Arm, Reading
-from so101.robot.kinematics import URDF_LIMITS, forward, rpy, solve_ik
+from so101.robot.kinematics import TIP_BELOW_TOOL, URDF_LIMITS, forward, rpy, solve_ik
 from so101.robot.teleop import FAILURE, SUCCESS, TIME_OUT, Teleop
 from so101.schema import ARM_JOINTS, Preprocess, RewardSpec
 from so101.timing import Clock, Rate
 
-TIP_BELOW_TOOL = 0.0063  # m; the fingertips of a vertical gripper reach this far below the tool point
 HOME_TOLERANCE, HOME_TILT = 0.01, 0.35  # m, rad
 IK_TOLERANCE = 1e-3  # m; a target missed by more than this is out of reach
 HOME_SEED = np.array([0.0, 0.156, -0.161, 1.571, np.pi / 2])  # rad; straight down over [0.25, 0, 0.07]
+
+
+def straight_down_at(tool: np.ndarray, limits: Sequence[np.ndarray]) -> np.ndarray:
+    """Joint angles (5,) with the tool at (3,) m and the gripper straight down, as near as `limits`, (6,) each, let."""
+    low, high = limits
+    return solve_ik(tool, HOME_SEED, low=low[:5], high=high[:5], max_iterations=50)
 
 
 @dataclass
@@ -53,10 +59,7 @@ class EnvConfig:
             raise ConfigError(f"workspace: got {low} .. {high}, needs x y z with each lower below its upper")
         if len(self.home) != 3 or any(not a <= x <= b for a, x, b in zip(low, self.home, high, strict=True)):
             raise ConfigError(f"home: got {self.home}, must lie inside the workspace {low} .. {high}")
-        joints = solve_ik(
-            np.array(self.home), HOME_SEED, low=URDF_LIMITS[:5, 0], high=URDF_LIMITS[:5, 1], max_iterations=50
-        )
-        tool, rotation = forward(joints)
+        tool, rotation = forward(straight_down_at(np.array(self.home), URDF_LIMITS.T))
         if np.linalg.norm(tool - self.home) > HOME_TOLERANCE or rotation[2, 2] < np.cos(HOME_TILT):
             raise ConfigError(f"home: got {self.home}, must be reached with the gripper down; [0.25, 0, 0.07] is")
         tiny, most = 1e-6, float("inf")
@@ -122,6 +125,10 @@ class Detector(Protocol):
         """True when the task has succeeded at this observation."""
 
 
+class _Quits(Exception):
+    """The person quits while the arm resets."""
+
+
 class Env:
     """One arm, its cameras and its person, at a fixed rate."""
 
@@ -166,28 +173,30 @@ class Env:
     def reset(self, person_drives: bool = False) -> tuple[Observation, frozenset[str]]:
         """Lift, go home, wait while the object is placed; return the first observation.
 
-        The second value holds the keys pressed meanwhile: a verdict there corrects the episode just ended.
+        The second value holds the keys pressed meanwhile: a verdict there corrects the episode just ended. The key
+        to quit ends the reset where it is; what is observed there begins no episode.
         """
         self.teleop.hand_back()
         home = np.array(self.config.home)
         if self.config.random_ee_reset:
             reach = np.array([self.config.random_ee_range_xy] * 2 + [self.config.random_ee_range_z])
             home = np.clip(home + self.rng.uniform(-reach, reach), self._low, self._high)
-        safety.lift(self.arm, self.clock, self.teleop.follow, self._read)
-        self._go_home(home)
+        with suppress(_Quits):  # from any point of it the arm can be brought to rest
+            safety.lift(self.arm, self.clock, self._bring_along, self._read)
+            self._go_home(home)
         events = self.teleop.place_object(self.clock, self.config.reset_time_s, self._read)
         if self.detector is not None:
             self.detector.reset()
-        self._steps, self._time = 0, None
+        self._steps, self._time, quits = 0, None, "quit" in events
         try:
-            for camera in self.cameras.values():
+            for camera in () if quits else self.cameras.values():
                 camera.wait_ready()
             self.rate.restart()
             observation = self._observe()
         except EpisodeAborted:
             self.teleop.keep(events)
             raise
-        if person_drives:
+        if person_drives and not quits:
             self.teleop.take_over(self.target, self.opening, self._gripper_reach)
         return observation, events
 
@@ -270,6 +279,12 @@ class Env:
     def _read(self) -> Reading:
         return self.watchdog.guard(self.arm)
 
+    def _bring_along(self, position: np.ndarray) -> None:
+        """On the way home (6,) the leader comes too, until the person quits."""
+        self.teleop.follow(position)
+        if self.teleop.quits():
+            raise _Quits
+
     def _verdict(self, events: frozenset[str], observation: Observation) -> tuple[bool, bool]:
         """(success, failure); the person's key overrules the detector both ways."""
         detected = self.detector is not None and self.detector.update(observation)
@@ -285,12 +300,12 @@ class Env:
         low, high = self.arm.limits
         self.opening = self.config.gripper_range[1]
         self.target = home
-        self.joints = solve_ik(home, HOME_SEED, low=low[:5], high=high[:5], max_iterations=50)
-        safety.ease_to(self.arm, self.clock, np.append(self.joints, self.opening), self.teleop.follow, self._read)
+        self.joints = straight_down_at(home, self.arm.limits)
+        safety.ease_to(self.arm, self.clock, np.append(self.joints, self.opening), self._bring_along, self._read)
         for _ in range(20):
             self.clock.sleep_until(self.clock.now() + 1 / self.config.fps)
             position = self._read().position
-            self.teleop.follow(position)
+            self._bring_along(position)
             self._tool, _ = forward(position)
             error = home - self._tool
             if np.linalg.norm(error) < 1e-3:

@@ -16,9 +16,11 @@ from types import FrameType
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")  # Windows has the first two
 ENDING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 BOUNCE = 0.3  # s; a second Ctrl-C so soon is the first one's, and must not interrupt the way out that it began
+HUNG_S = 5.0  # s; what holds the signals for longer hangs, on a disk mostly: it is not waited for any more
 
 _held: list[int] | None = None  # the signals that came while somebody holds them up; None while nobody does
 _came_at = -math.inf  # s; when the last one came
+_held_at = math.inf  # s; when the first one in _held came
 
 
 def take_signals() -> None:
@@ -38,8 +40,11 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _deliver(number: int) -> None:
-    if _held is None:
+    global _held_at
+    if _held is None or (_held and time.monotonic() - _held_at > HUNG_S):
         raise KeyboardInterrupt
+    if not _held:
+        _held_at = time.monotonic()
     _held.append(number)
 
 
@@ -55,6 +60,9 @@ def _mute_what_is_lost() -> None:
 @contextmanager
 def signals_held() -> Iterator[list[int]]:
     """Inside the block the signals only join the list that it yields; what is left in it counts at its end.
+
+    One that comes HUNG_S after the first in the list is a KeyboardInterrupt all the same: an arm must not wait for a
+    disk that hangs. (It may have to: in a system call that nothing interrupts no handler runs either.)
 
     Only the main thread gets signals; in another one the block is an ordinary one.
     """

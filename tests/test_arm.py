@@ -148,10 +148,27 @@ def test_a_servo_that_reports_a_condition_connects(capsys: pytest.CaptureFixture
     servos.temperature[5] = 66
     arm.connect()
     assert arm.bus.status == dict.fromkeys(range(1, 7), 1)
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "gripper gets 8.4 V, and is made for 4.0 .. 8.0: check the supply and its plug; it is at 66 C and stops at "
-        "70: let it cool"
+    assert capsys.readouterr().err == (
+        "each of the six servos on simulated gets 8.4 V, and is made for 4.0 .. 8.0: check the supply and its plug\n"
+        "gripper is at 66 C and stops at 70: let it cool\n"
     )
+
+
+def test_a_complaint_of_several_servos_is_one_line_that_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """No two servos measure quite the same; and a trouble that stops the start names all that have it."""
+    arm, servos = make()
+    servos.voltage[:] = [7.4, 8.5, 8.3, 7.9, 8.4, 7.4]
+    arm.connect()
+    assert capsys.readouterr().err == (
+        "each of shoulder_lift, elbow_flex, wrist_roll gets 8.3 .. 8.5 V, and is made for 4.0 .. 8.0: check the supply "
+        "and its plug\n"
+    )
+    servos.voltage[:] = 12.1
+    with pytest.raises(
+        HardwareError, match=r"^each of the six servos on simulated gets 12.1 V, .*: unplug the power now;"
+    ):
+        arm.connect()
+    assert capsys.readouterr().err == ""
 
 
 def test_other_parts_are_warned_of_and_not_refused(capsys: pytest.CaptureFixture[str]) -> None:

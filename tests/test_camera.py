@@ -336,8 +336,11 @@ def test_a_covered_lens_is_no_camera(tmp_path, monkeypatch, frame):
         ("refuse", "sends no stream; does the address show it in a browser?"),
     ],
 )
-def test_a_spoilt_camera_aborts_the_episode_and_comes_back_by_itself(phone, mode, cause):
-    """Rows 29 and 30, pain 18: frames frozen for the rest of the session; seconds of blocking in the control loop."""
+def test_a_spoilt_camera_aborts_the_episode_and_comes_back_by_itself(phone, mode, cause, capfd):
+    """Rows 29 and 30, pain 18: frames frozen for the rest of the session; seconds of blocking in the control loop.
+
+    Who waits for it is told so at once, and once.
+    """
     with closing(Camera("wrist", small(phone.url), Clock())) as camera:
         first = camera.latest()
         phone.mode = mode
@@ -345,8 +348,14 @@ def test_a_spoilt_camera_aborts_the_episode_and_comes_back_by_itself(phone, mode
         assert re.match(r"camera wrist: no good frame for \d+\.\d s: ", sentence)
         with pytest.raises(HardwareError, match=r"camera wrist: no good frame for"):
             camera.wait_ready(0.1)
-        phone.mode = "run"
+        told = capfd.readouterr().err
+        assert cause in told and told.endswith("; waiting for it, 0.1 s at most (Ctrl-C ends that)\n")
+        assert re.match(r"camera wrist: no good frame for \d+\.\d s: ", told) and told.count("\n") == 1
+        threading.Timer(0.3, setattr, (phone, "mode", "run")).start()
         camera.wait_ready(10)
+        assert capfd.readouterr().err.count("waiting for it, 10 s at most") == 1
+        camera.wait_ready(10)
+        assert capfd.readouterr().err == ""
         frame, taken = camera.latest()
         assert taken > first[1] and frame.std() > 20
         assert camera.report() == "camera wrist: lost 1 time; look at its cable"

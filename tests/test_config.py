@@ -196,7 +196,7 @@ class Replay:
         (["cubes", "3", "4"], Replay("cubes", [3, 4])),
         (["7", "--as-json", "3"], Replay("7", [3], as_json=True)),
         (["--import", "a=b.txt", "cubes"], Replay("cubes", import_="a=b.txt")),
-        (["--import=x", "dataset=cubes", "--episodes=[5]", "as_json=true"], Replay("cubes", [5], "x", True)),
+        (["import=x", "dataset=cubes", "--episodes=[5]", "as_json=true"], Replay("cubes", [5], "x", True)),
     ],
 )
 def test_a_command_line_may_be_typed_as_people_type_it(words, expected):

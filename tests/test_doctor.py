@@ -137,21 +137,70 @@ def test_no_power_and_no_port(live_arm, rig) -> None:
     """Row 31 of the field record: all six silent is the supply, not six broken motors."""
     live_arm.servos.present[:] = [False] * 6
     chain = look(rig, until="follower chain")["follower chain"]
-    assert (chain.level, chain.hardware) == ("bad", True)
+    assert (chain.level, chain.exit_code) == ("bad", 3)
     assert chain.found.startswith("no motor answers, though the USB adapter is there. Plug in the arm's power supply")
     assert chain.then == f"python -m so101.tools.setup port={live_arm.path} arm=follower"
     live_arm.close()
     port = look(rig)["follower port"]
-    assert (port.level, port.hardware, port.then) == ("bad", True, "python -m so101.tools.ports")
+    assert (port.level, port.exit_code, port.then) == ("bad", 3, "python -m so101.tools.ports")
     assert port.found.startswith(f"follower.port: {live_arm.path!r} is not there. This machine has")
 
 
 def test_a_rig_that_does_not_load(tmp_path, capsys) -> None:
     rig = tmp_path / "rig.json"
     rig.write_text('{"folower": {}}')
-    assert main(Config(rig=str(rig))) == 1
+    assert main(Config(rig=str(rig))) == 2
     said = f"bad      config: {rig}: unknown key 'folower'; did you mean 'follower'?\n{'':9}next: mend that, then run"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, code, what",
+    [
+        (["rig=nope.json"], 2, "config"),
+        (["dataset=nope"], 4, "dataset"),
+        (["rig=nope.json", "dataset=nope"], 2, "config"),
+    ],
+)
+def test_what_cannot_be_read_is_a_line_of_the_json_and_an_exit_code(
+    words: list[str], code: int, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As every other program has it: 2 for a config, 4 for data."""
+    assert main(Config(json=True, **dict(word.split("=") for word in words))) == code
+    report = json.loads(capsys.readouterr().out)
+    bad = [finding for finding in report["findings"] if finding["level"] == "bad"]
+    assert report["exit_code"] == code and bad[0]["what"] == what and bad[0]["exit_code"] == code
+    assert "nope" in bad[0]["found"] and "cannot be read" in bad[0]["found"]
+
+
+def test_no_name_is_no_dataset() -> None:
+    with pytest.raises(ConfigError, match="^dataset: got no name; give the folder that holds meta/info.json"):
+        Config(dataset="")
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="only Linux tells who has a file open")
+def test_a_port_that_another_program_has_names_it(live_arm, rig) -> None:
+    """Opened as that program does it, for itself alone; it is what has to end, and another port would not help."""
+    hold = "import serial, sys; port = serial.Serial(sys.argv[1], exclusive=True); print(1, flush=True); input()"
+    command = [sys.executable, "-c", hold, live_arm.path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        found = look(rig, until="follower port")["follower port"]
+        other.stdin.write("\n")
+    said = f"'{Path(sys.executable).name} -c import serial, sys;"
+    assert (found.level, found.exit_code) == ("bad", 3)
+    assert f"{live_arm.path!r} is in use by " in found.found
+    assert said in found.found and f"(pid {other.pid})" in found.found
+    assert found.then.startswith(f"end {said}") and found.then.endswith(f"' (pid {other.pid}), then run this again")
+    assert look(rig, until="follower port")["follower port"].level == "good"  # and then it is free
+
+
+def test_a_port_given_to_both_arms_is_not_blamed_on_another_program(live_arm, rig) -> None:
+    content = json.loads(rig.read_text())
+    rig.write_text(json.dumps({**content, "leader": content["follower"]}))
+    found = look(rig)["leader port"]
+    assert "is in use by this very program" in found.found or not Path("/proc").exists()
+    assert found.then == "give each arm its own port in the config" or not Path("/proc").exists()
 
 
 def test_the_calibration_of_another_arm(live_arm, rig) -> None:

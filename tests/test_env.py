@@ -10,7 +10,7 @@ from so101.errors import ConfigError, EpisodeAborted, SafetyStop
 from so101.rig import RigConfig, open_rig
 from so101.robot import safety
 from so101.robot.kinematics import forward
-from so101.robot.teleop import DEMONSTRATE, EVALUATION
+from so101.robot.teleop import DEMONSTRATE, EVALUATION, PLACE_CUBE
 from so101.schema import OPENING, TOOL_XYZ, TOOL_Z, Preprocess, RewardSpec
 
 STILL = np.zeros(4)
@@ -35,6 +35,9 @@ class Hand:
     def poll(self):
         pressed, self.keys = self.keys, []
         return pressed
+
+    def quits(self):
+        return "quit" in self.keys
 
     def hear(self, cue):
         self.heard.append(cue)
@@ -92,11 +95,27 @@ def test_a_key_pressed_in_a_reset_that_fails_is_found_in_the_next():
 
     with an_env() as (env, rig):
         env.cameras["wrist"] = LostOnce()
-        take_the_keys(rig).keys = ["quit"]
+        take_the_keys(rig).keys = ["failure"]
         with pytest.raises(EpisodeAborted):
             env.reset()
-        assert env.reset()[1] == {"quit"}
+        assert env.reset()[1] == {"failure"}
         assert env.step(STILL).events == frozenset()
+
+
+@pytest.mark.parametrize("after", [0.0, 0.5, 1.5, 3.0, 6.0])
+def test_a_quit_ends_a_reset_at_once_wherever_the_arm_is(after):
+    """On the way up, on the way home, and while the cube is placed, for which the person asked 20 s."""
+    with an_env(reset_time_s=20.0) as (env, rig):
+        hand = take_the_keys(rig)
+        servos_of(rig.arm).after(after, lambda: hand.keys.append("quit"))
+        began = rig.clock.now()
+        observation, events = env.reset(person_drives=True)
+        assert events == {"quit"} and rig.clock.now() - began < after + 0.2
+        assert (PLACE_CUBE.about("20") in hand.heard) == (after == 6.0)
+        assert not rig.teleop.driving  # the leader is not let go: it comes to rest with the arm
+        assert observation.state[TOOL_Z] == pytest.approx(forward(servos_of(rig.arm).angle)[0][2], abs=0.01)
+    assert not servos_of(rig.arm).torque_on.any()
+    assert np.abs(servos_of(rig.arm).angle[:5] - RigConfig().follower.rest[:5]).max() < safety.AT_REST
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -1,9 +1,11 @@
 """Starting, watching and stopping: what the watchdog tolerates, and that every close ends at rest, or held and said."""
 
 import io
+import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -251,6 +253,25 @@ def test_of_two_signals_at_once_the_second_does_not_cut_the_way_out_short() -> N
         signal.raise_signal(signal.SIGTERM)
 
 
+def test_what_hangs_while_it_holds_the_signals_is_left_with_one_that_comes_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An encoder that waits for a disk: on the way out the program waits for it, and the arm for the program."""
+    monkeypatch.setattr(signals, "HUNG_S", 1.0)
+    monkeypatch.setattr(signals, "BOUNCE", 0.05)
+    disk_is_back, released, began = threading.Event(), [], time.monotonic()
+    encoder = threading.Thread(target=disk_is_back.wait, daemon=True)
+    encoder.start()
+    for after in (0.1, 0.6, 1.3):
+        threading.Timer(after, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt), ExitStack() as stack:
+        stack.callback(lambda: released.append(time.monotonic() - began))
+        with signals.signals_held():
+            encoder.join()
+    assert 1.25 < released[0] < 3  # not at the second, which came half a second after the first
+    disk_is_back.set()
+
+
 def test_a_servo_that_lost_its_power_while_nobody_looked_is_found_out() -> None:
     """It is back before the next look, so that no reply was lost: limp, without a load, and far from its goal."""
     arm, servos, clock = make()
@@ -296,6 +317,118 @@ def test_an_arm_that_is_blocked_is_held_with_reduced_torque_and_says_so(capsys: 
     assert limits == {**dict.fromkeys(range(1, 7), 500), 6: 200}
     assert np.abs(servos.angle[:5] - arm.goals()[:5]).max() < 0.06  # it does not push on
     assert clock.now() - began > 30
+
+
+def torque_limits(arm: Arm) -> set[int]:
+    """What the joints of the arm were told since it started, in 0.1 %."""
+    limits = [data for data, _ in arm.bus.port.sent if data[4:6] == b"\x03\x30" and data[2] < 6]
+    return {int.from_bytes(data[6:8], "little") for data in limits}
+
+
+@pytest.mark.parametrize("joint", [1, 2, 3])
+def test_a_blocked_joint_that_comes_free_lies_down_after_all(joint: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """By itself: at half its torque and half its speed, and only then is it let go."""
+    arm, servos, clock = make()
+    with running(arm, clock):
+        servos.block([joint])
+        servos.after(12, lambda: servos.block([]))
+    said = capsys.readouterr().err
+    assert f"Once the joint is free it goes on to rest by itself, slowly\n{JOINTS[joint]} has come free" in said
+    assert not servos.torque_on.any() and np.abs(servos.angle[:5] - REST[:5]).max() < safety.AT_REST
+    assert all(np.abs(angle[:5] - REST[:5]).max() < safety.AT_REST for _, angle in arm.bus.port.torque_offs())
+    assert torque_limits(arm) == {500} and 12 < clock.now() < 22
+
+
+def test_a_joint_that_a_hand_frees_from_a_sagging_arm_is_felt(capsys: pytest.CaptureFixture[str]) -> None:
+    """An arm stretched out: gravity takes 0.11 rad off each goal, as much as one step of the look leads on."""
+    arm, servos, clock = make()
+    with running(arm, clock):
+        servos.load_torque[1] = 0.11 * 9.4
+        servos.block([1])
+        servos.after(12, lambda: servos.block([]))
+    assert "shoulder_lift has come free" in capsys.readouterr().err
+    assert not servos.torque_on.any() and clock.now() < 25
+
+
+def test_a_joint_that_is_blocked_again_and_again_is_held_after_three_more_tries(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arm, servos, clock = make()
+    with running(arm, clock):
+        servos.block([1])
+        at = servos.angle[1]
+
+        def creep(dt: float) -> None:
+            """It comes loose each 8 s, and jams 0.2 rad later."""
+            nonlocal at
+            if abs(servos.angle[1] - at) > 0.2:
+                at = servos.angle[1]
+                servos.block([1])
+            elif round(servos.now / dt) % 400 == 0:
+                servos.block([])
+
+        clock.on_substep.append(creep)
+    said = capsys.readouterr().err
+    assert said.count("shoulder_lift has come free: once more to rest, slowly") == safety.TRIES == 3
+    assert said.count(HELD) == 4 and said.count("Once the joint is free it goes on") == 3
+    assert servos.torque_on.all() and not arm.bus.port.torque_offs()
+    assert torque_limits(arm) == {500}
+    assert np.abs(servos.angle[:5] - arm.goals()[:5]).max() < 0.06  # it does not push on
+
+
+def test_the_look_for_a_joint_that_came_free_pushes_with_less_than_half_of_its_torque() -> None:
+    arm, servos, clock = make()
+    loads = []
+    with running(arm, clock):
+        servos.block([1])
+        clock.on_substep.append(lambda dt: loads.append(abs(arm.read().load[1])) if 10 < clock.now() < 20 else None)
+    assert 0.4 < max(loads) < 0.46
+    assert np.mean(np.array(loads) > 0.2) < 0.65
+
+
+def bug(*arguments: Any) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+def test_a_servo_with_an_overload_is_not_taken_for_a_joint_that_came_free(capsys: pytest.CaptureFixture[str]) -> None:
+    """It follows slowly, with a fifth of its torque: too little to lie down with."""
+    arm, servos, clock = make()
+    with running(arm, clock):
+        servos.overload(1)
+    said = capsys.readouterr().err
+    assert "shoulder_lift: 0.3" in said and HELD in said and "free it goes on" not in said
+    assert servos.torque_on.all() and said.count("closing the arm") == 1
+
+
+@pytest.mark.parametrize("broken", ["lean", "read", "hold"])
+def test_a_bug_while_the_arm_holds_is_told_and_the_hold_goes_on_until_a_ctrl_c(
+    broken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that fails on the last path lets go of an arm, or leaves it without the person's Ctrl-C."""
+    arm, servos, clock = make()
+    still = []
+    with pytest.raises(KeyboardInterrupt), running(arm, clock):
+        servos.block([1])
+        if broken == "hold":
+            monkeypatch.setattr(arm, "hold", bug)
+        else:
+            servos.after(5, lambda: monkeypatch.setattr(arm, broken, bug))
+        servos.after(14.5, lambda: still.append(servos.torque_on.all()))
+        interrupt_after(clock, 15)
+    said = capsys.readouterr().err
+    assert said.count("ZeroDivisionError: a bug") == 1 and still == [True]
+    assert ("Once the joint is free" in said) == (broken != "hold")  # nothing looks then
+    assert ("It may hold with all its torque: support it" if broken == "hold" else "It holds on") in said
+    assert "interrupted again: the arm was released where it was" in said and not servos.torque_on.any()
+
+
+def test_a_bug_at_one_servo_keeps_no_other_from_being_told() -> None:
+    arm, servos, clock = make()
+    safety.safe_start(arm)
+    arm._id = lambda name, of=arm._id: 1 / 0 if name == "elbow_flex" else of(name)  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        arm.set_torque(False)
+    assert servos.torque_on.tolist() == [False, False, True, False, False, False]
 
 
 def test_a_held_arm_is_released_by_one_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:

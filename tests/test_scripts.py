@@ -178,6 +178,9 @@ def test_redo_and_a_late_verdict_reach_replay_and_disk(made, tmp_path):
                 return ["redo"]
             return ["failure"] if self.episodes == 3 and self.polls == 1 else pressed
 
+        def quits(self):
+            return False
+
         def close(self):
             pass
 
@@ -352,6 +355,8 @@ def test_record_killed_at_any_instant_loses_at_most_the_episode_in_progress(tmp_
         (["record.py", "rig.follower.port=/dev/ttyNOWHERE"], 2, "all are sim, or none is"),
         (["train_reward.py", "dataset=nowhere"], 4, "nowhere"),
         (["infer.py", "run=nowhere"], 4, "not a run folder"),
+        (["infer.py", "run="], 2, "run: got no name; give the run folder that train_sac.py made"),
+        (["infer.py", "video=x.txt"], 2, "video: got 'x.txt', needs a name that ends in .mp4"),
         (["train_sac.py", "seed=-1"], 2, "seed: got -1"),
         (["train_sac.py", "device=banana"], 2, "device: got 'banana', this machine has cpu"),
         (["train_sac.py", "checkpoint_every=0"], 2, "checkpoint_every"),
@@ -378,7 +383,7 @@ def test_bad_input_is_one_clear_sentence_and_changes_nothing(tmp_path, launched,
 @pytest.mark.parametrize("stdout, code", [("> report.txt", 1), (">&- 2>&-", 0)])
 def test_nowhere_to_print_is_no_traceback(made, tmp_path, stdout, code):
     """A file on a full disk takes nothing of what is printed last; who closes stdout does not want it."""
-    command = f"ulimit -f 0; {sys.executable} {ROOT / 'label.py'} dataset={made / 'demos'} {stdout}"
+    command = f"ulimit -f 0; {sys.executable} {ROOT / 'label.py'} {made / 'demos'} --list {stdout}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.returncode == code, done.stderr
@@ -464,5 +469,5 @@ def test_help_names_every_field_with_its_default(name, launched):
     result = launched(name, "--help")
     assert result.returncode == 0
     for field in importlib.import_module(name).Config.__dataclass_fields__:
-        assert field in result.stdout
+        assert field.rstrip("_") in result.stdout
     assert "default" in result.stdout and max(map(len, result.stdout.splitlines())) <= 120

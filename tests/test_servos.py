@@ -97,13 +97,13 @@ def test_a_broadcast_ping_is_answered_by_each_in_turn() -> None:
 
 
 def test_reg_write_waits_for_action() -> None:
-    _, _, bus = make()
-    bus.reg_write(2, "Goal_Position", 2100)
+    _, port, bus = make()
+    assert ask(port, "ff ff 02 05 04 2a 34 08 8e") == "ff ff 02 02 00 fb"
     assert bus.read(2, "Goal_Position") == 0
-    bus.action()
+    assert ask(port, "ff ff fe 02 05 fa") == ""
     assert bus.read(2, "Goal_Position") == 2100
     bus.write(2, "Goal_Position", 1900)
-    bus.action()  # once only
+    assert ask(port, "ff ff fe 02 05 fa") == ""  # once only
     assert bus.read(2, "Goal_Position") == 1900
 
 

@@ -5,13 +5,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
 from so101.errors import HardwareError
+from so101.robot.bus import ServoBus
 from so101.robot.feetech import status_packet
 from so101.schema import JOINTS
-from so101.tools.setup import _only_motor
+from so101.sim.servos import SimPort, SimServos
+from so101.tools.setup import _only_motor, _to_full_speed
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="this system has no pseudo-terminals")
 
@@ -173,6 +176,41 @@ def test_the_chain_s_first_gap_is_named(person, live_arm) -> None:
     person.plug(*JOINTS)
     assert "chain: all six motors answer" in person.listen()
     assert person.leave() == (0, "")
+
+
+def test_nobody_there_to_press_enter_is_the_exit_code_of_the_other_tools_too(person) -> None:
+    """As in calibrate and bounds: 2, and 3 only where a motor was not as it should be."""
+    person.listen()
+    assert person.leave() == (
+        2, "the input ended, and a person has to press Enter here; run this in a terminal\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("obeyed", [False, True])
+def test_a_fault_at_any_step_of_the_change_of_speed_leaves_the_motor_locked(step: int, obeyed: bool) -> None:
+    """Torque off, unlock, new speed, read back, lock: all tries of one of them are lost, there or on the way back."""
+    servos = SimServos()
+    servos.store(5, "Baud_Rate", 1)
+    port = SimPort(servos)
+    port.baudrate, write, lost, steps = 500_000, port.write, [], [b""]
+
+    def failing(data: bytes) -> int:
+        if data != steps[-1]:
+            steps.append(data)
+        if len(steps) - 2 != step or len(lost) > 3:
+            return write(data)
+        lost.append(data)
+        if obeyed:
+            write(data)
+            port.reset_input_buffer()
+        return len(data)
+
+    port.write = failing  # type: ignore[method-assign]
+    with suppress(HardwareError):
+        _to_full_speed(port, ServoBus(port), 6)
+    assert bool(lost) == (step < 5)
+    assert servos.read_memory(5, 55, 1) == b"\1"
 
 
 class LateMotor:

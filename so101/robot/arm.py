@@ -12,8 +12,8 @@ import numpy as np
 from so101.errors import HardwareError, SafetyStop, tell
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.calibration import Calibration, explain_differences
-from so101.robot.probe import firmware_mix, read_chain
-from so101.schema import JOINTS
+from so101.robot.probe import firmware_mix, read_chain, shared_complaints
+from so101.schema import ARM_JOINTS, JOINTS
 from so101.signals import signals_held
 
 COMMAND_TOLERANCE = 1e-4  # rad or opening; under a tenth of a tick, above what float32 loses
@@ -77,12 +77,11 @@ class Arm:
         HardwareError for a gap in the chain, two motors with one id, a wrong supply and another arm's calibration.
         """
         chain = read_chain(self.bus, self._ids)
-        for name, state in chain.items():
-            said = f"{self.bus.names.get(state.id, name)} {'; it '.join(state.complaints)}"
-            if not state.supplied:
-                raise HardwareError(said)
-            if state.complaints:
-                tell(said)
+        named = {self.bus.names.get(state.id, name): state for name, state in chain.items()}
+        if unsupplied := {name: state for name, state in named.items() if not state.supplied}:
+            raise HardwareError("; ".join(shared_complaints(unsupplied, self.bus.port.name)))
+        for said in shared_complaints(named, self.bus.port.name):
+            tell(said)
         if mix := firmware_mix(chain.values()):
             tell(f"{self.bus.port.name}: {mix}")
         if foreign := explain_differences(self.calibration, {state.id: state.stored for state in chain.values()}):
@@ -179,6 +178,21 @@ class Arm:
         if failed:
             raise ServoError(f"{len(failed)} servos could not be told to hold. " + "; ".join(failed))
 
+    def lean(self, name: str, goal: float) -> None:
+        """Send a held joint another goal (rad), at the reduced torque that it holds with."""
+        joint = JOINTS.index(name)
+        goals = self.commanded.copy()
+        goals[joint] = np.clip(goal, self._low[joint], self._high[joint])
+        self.bus.write(self._id(name), "Goal_Position", int(self.calibration.to_ticks(goals)[joint]))
+        self.commanded = goals
+
+    def loosen(self) -> None:
+        """Joints of the arm that hold may be commanded again: from where they are now, at their reduced torque."""
+        self.held = {name: held for name, held in self.held.items() if name not in ARM_JOINTS}
+        self.hold(ARM_JOINTS)
+        for name in ARM_JOINTS:
+            del self.held[name]
+
     def goals(self) -> np.ndarray:
         """The goals (6,) that the servos hold."""
         goals = self.bus.sync_read("Goal_Position", self._ids)
@@ -238,23 +252,26 @@ class Arm:
         present_ticks = self.bus.read(servo_id, "Present_Position")
         present = self.calibration.to_position(np.full(6, present_ticks))[joint]
         past = np.clip(self.commanded[joint] - present, -HOLD_PAST, HOLD_PAST)
-        goals = self.commanded.copy()
-        goals[joint] = np.clip(present + past, self._low[joint], self._high[joint])
         self._set_torque_limit(name, GRIP_TORQUE if name == "gripper" else HOLD_TORQUE)
-        self.bus.write(servo_id, "Goal_Position", int(self.calibration.to_ticks(goals)[joint]))
-        self.commanded, self.held[name] = goals, (float(goals[joint]), float(np.sign(past)))
+        self.lean(name, present + past)
+        self.held[name] = (float(self.commanded[joint]), float(np.sign(past)))
 
     def _set_torque_limit(self, name: str, permille: int) -> None:
         self.bus.write(self._id(name), "Torque_Limit", permille)
 
     def _collect(self, do: Callable[[str], object], joints: Sequence[str]) -> list[str]:
-        """Do it for every joint, whatever happens to the others; the failures' messages."""
-        failures = []
+        """Do it for every joint, whatever happens to the others; the failures' messages. A bug is raised at the end."""
+        failures: list[str] = []
+        bug: Exception | None = None
         for name in joints:
             try:
                 do(name)
             except ServoError as error:
                 failures.append(str(error))
+            except Exception as error:
+                bug = error
+        if bug is not None:
+            raise bug
         return failures
 
     def _require_inside(self, verb: str, position: np.ndarray, tolerance: float, joints: Sequence[str]) -> None:

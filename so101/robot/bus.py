@@ -130,15 +130,10 @@ class ServoBus:
 
     def write(self, servo_id: int, register: str, value: int) -> None:
         """Set one register, and wait for the servo's acknowledgement."""
-        self._write(feetech.WRITE, servo_id, register, value)
-
-    def reg_write(self, servo_id: int, register: str, value: int) -> None:
-        """As `write`, but the servo holds it back until `action`."""
-        self._write(feetech.REG_WRITE, servo_id, register, value)
-
-    def action(self) -> None:
-        """All servos do what `reg_write` gave them, at the same time. Not acknowledged."""
-        self._transact(feetech.instruction_packet(feetech.BROADCAST_ID, feetech.ACTION), (), 0, "ACTION")
+        entry = self._checked_register(register, writing=True)
+        params = bytes((entry.address,)) + self._encode(servo_id, register, value)
+        request = feetech.instruction_packet(self._checked_id(servo_id), feetech.WRITE, params)
+        self._transact(request, [servo_id], 0, f"WRITE {register}")
 
     def sync_read(self, register: str, ids: Sequence[int]) -> dict[int, int]:
         """The same register of several servos in one transaction, by servo id."""
@@ -185,9 +180,8 @@ class ServoBus:
             if self.read(servo_id, register) == value:
                 return False
             self.write(servo_id, "Torque_Enable", 0)
-            self.write(servo_id, "Lock", 0)
             answers_as = value if register == "ID" else servo_id
-            try:
+            with self.unlocked(servo_id, answers_as):
                 if register == "ID":  # no document says whether the old or the new id acknowledges
                     params = bytes((REGISTERS["ID"].address,)) + data
                     self._transact(feetech.instruction_packet(servo_id, feetech.WRITE, params), (), 0, "WRITE ID")
@@ -200,12 +194,23 @@ class ServoBus:
                         f"{self._name(servo_id)}: {register} reads {stored} after {value} was written; "
                         f"switch its power off and on, and try again"
                     )
-            except BaseException:  # a Ctrl-C too: an unlocked servo takes any stray write for good
-                with suppress(ServoError):  # the first error is the one to tell
-                    self.write(answers_as, "Lock", 1)
-                raise
-            self.write(answers_as, "Lock", 1)
             return True
+
+    @contextmanager
+    def unlocked(self, servo_id: int, answers_as: int) -> Iterator[None]:
+        """Inside the block the servo's EPROM can be written; it is locked again on every way out.
+
+        `answers_as` is the id that it has at the end of the block; where that went wrong it may still have the other.
+        """
+        try:
+            self.write(servo_id, "Lock", 0)
+            yield
+            self.write(answers_as, "Lock", 1)
+        except BaseException:  # a Ctrl-C too: an unlocked servo takes any stray write for good
+            for each in dict.fromkeys((answers_as, servo_id)):
+                with suppress(ServoError):  # the first error is the one to tell
+                    self.write(each, "Lock", 1)
+            raise
 
     def close(self) -> None:
         """Close the port, for good. Torque stays as it is."""
@@ -234,12 +239,6 @@ class ServoBus:
             return feetech.encode_value(register, value)
         except HardwareError as error:
             raise ServoError(f"{self._name(servo_id)}: {error}") from None
-
-    def _write(self, instruction: int, servo_id: int, register: str, value: int) -> None:
-        entry = self._checked_register(register, writing=True)
-        params = bytes((entry.address,)) + self._encode(servo_id, register, value)
-        request = feetech.instruction_packet(self._checked_id(servo_id), instruction, params)
-        self._transact(request, [servo_id], 0, f"{feetech.INSTRUCTIONS[instruction]} {register}")
 
     def _sync_read(self, address: int, size: int, ids: Sequence[int], what: str) -> dict[int, bytes]:
         if not ids:

@@ -96,12 +96,15 @@ class Camera:
     def wait_ready(self, timeout: float = 30.0) -> None:
         """Return as soon as `latest` has a frame, for a reset that waits until a lost camera is back.
 
-        Raises HardwareError, naming the cause, after `timeout` s without one.
+        Tells at once that it waits for one that was lost. Raises HardwareError, naming the cause, after `timeout` s.
         """
-        deadline = self.clock.now() + timeout
+        deadline, told = self.clock.now() + timeout, False
         while (newest := self._newest) is None or self.clock.now() - newest[1] > self.config.max_age:
             if self.clock.now() > deadline:
                 raise HardwareError(self._complaint(newest))
+            if newest is not None and not told:
+                told = True
+                tell(f"{self._complaint(newest)}; waiting for it, {timeout:g} s at most (Ctrl-C ends that)")
             time.sleep(0.01)
 
     @property

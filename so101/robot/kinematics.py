@@ -16,6 +16,7 @@ from so101.schema import ARM_JOINTS
 
 # Points of gripper_link (m) that can be asked for, with the axes of their frame, as columns, in gripper_link.
 TOOL = (0.0, 0.0, -0.0981274)  # between the fingertips, on the roll axis, so that wrist_roll never moves it
+TIP_BELOW_TOOL = 0.0063  # m; the fingertips of a vertical gripper reach this far below the tool point
 FRAMES = {
     # x = -y, y = x, z = z: the working pose (pan 0, straight down, wrist_roll +pi/2) comes out 2.8 degrees
     # from the identity: gripper -y (where the camera is) points away from the base, gripper x to the left.

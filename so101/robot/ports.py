@@ -21,6 +21,11 @@ REPLY_TIMEOUT_S = 0.05  # six servos answer in 1.4 ms; USB adapters add up to 16
 WRITE_TIMEOUT_S = 0.5  # an adapter that hangs must not hang the program with it
 USUAL_VENDOR = 0x1A86  # of the USB chip on nearly all boards for these servos (WCH's CH343)
 PORTS_COMMAND = "python -m so101.tools.ports"
+OTHER_PROGRAM = "another program (one of this project's in another terminal, LeRobot, a serial monitor)"
+
+
+class PortBusy(HardwareError):
+    """Another program has the port."""
 
 
 class PortInfo(NamedTuple):
@@ -49,7 +54,7 @@ def list_ports() -> list[PortInfo]:
     found = [
         PortInfo(
             port.device,
-            stable_path(port.device, port.serial_number),
+            stable_path(port.device, bool(port.serial_number)),
             port.manufacturer or ("" if port.vid is None else f"vendor {port.vid:04x}"),
             port.product or "",
             port.serial_number or "",
@@ -60,13 +65,13 @@ def list_ports() -> list[PortInfo]:
     return sorted(found)
 
 
-def stable_path(device: str, serial_number: str | None, root: Path = Path("/dev/serial")) -> str | None:
-    """The link under /dev/serial to this very adapter; None where there is none (Windows, macOS, no USB).
+def stable_path(device: str, numbered: bool, root: Path = Path("/dev/serial")) -> str | None:
+    """The link under `root` to this very device; None where there is none (Windows, macOS, no USB).
 
-    Two adapters of a kind without serial numbers share one link by-id, which leads to either: theirs is the
-    link by-path, of the USB socket.
+    Two adapters of a kind that are not `numbered` share one link by-id, which leads to either: theirs is the link
+    by-path, of the USB socket.
     """
-    for folder in ("by-id", "by-path") if serial_number else ("by-path",):
+    for folder in ("by-id", "by-path") if numbered else ("by-path",):
         for link in sorted((root / folder).glob("*")):
             if link.resolve() == Path(device).resolve():
                 return str(link)
@@ -74,20 +79,25 @@ def stable_path(device: str, serial_number: str | None, root: Path = Path("/dev/
 
 
 def open_port(device: str, who: str) -> serial.Serial:
-    """Open an arm's port for this program alone. HardwareError says why it cannot be, and what to do.
+    """Open an arm's port for this program alone. HardwareError (PortBusy) says why it cannot be, and what to do.
 
     `who` begins the message: the config's key, as in "follower.port".
     """
     try:
         return serial.Serial(device, BAUD, timeout=REPLY_TIMEOUT_S, write_timeout=WRITE_TIMEOUT_S, exclusive=True)
     except (OSError, ValueError) as error:  # pyserial's own error is an OSError
-        raise HardwareError(f"{who}: {device!r} {_why(device, error)}") from error
+        kind = PortBusy if _is_busy(error) else HardwareError
+        raise kind(f"{who}: {device!r} {_why(device, error)}") from error
+
+
+def _is_busy(error: OSError | ValueError) -> bool:
+    code = getattr(error, "errno", None)
+    return code in (errno.EBUSY, errno.EAGAIN, errno.EWOULDBLOCK) or "PermissionError" in str(error)  # as Windows says
 
 
 def _why(device: str, error: OSError | ValueError) -> str:
     there = list_ports()
     exists = os.path.exists(device) if os.name == "posix" else device.upper() in {port.device for port in there}
-    code = getattr(error, "errno", None)
     if not exists:
         listed = "; ".join(str(port) for port in there)
         return "is not there. " + (
@@ -95,11 +105,10 @@ def _why(device: str, error: OSError | ValueError) -> str:
             if there
             else "This machine has no serial port: plug in the arm's USB cable (one that carries data)"
         )
-    if code in (errno.EACCES, errno.EPERM):
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM):
         return permission_advice(device)
-    if code in (errno.EBUSY, errno.EAGAIN, errno.EWOULDBLOCK) or "PermissionError" in str(error):  # as Windows says it
-        users = holders(device)
-        return f"is in use by {', '.join(users) or 'another program'}; close that first"
+    if _is_busy(error):
+        return f"is in use by {', '.join(holders(device).values()) or OTHER_PROGRAM}; close that first"
     if os.name == "posix" and (not stat.S_ISCHR(os.stat(device).st_mode) or "configure" in str(error)):
         return f"is not a serial port; {PORTS_COMMAND} lists those that are"
     return f"cannot be opened ({error}); pull out its USB cable, plug it in again, and try once more"
@@ -123,19 +132,24 @@ def permission_advice(device: str) -> str:
     return f"may not be opened by this user (group {status.st_gid}, mode {stat.filemode(status.st_mode)})"
 
 
-def holders(device: str) -> list[str]:
-    """The programs that have `device` open, as `name (pid 12)`. Only Linux tells, and not of other users'."""
+def holders(device: str) -> dict[int, str]:
+    """The programs that have `device` open, by process, as `'python record.py' (pid 12)`.
+
+    Only Linux tells, and not of other users'.
+    """
     target, found = os.path.realpath(device), set()
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         with suppress(OSError):  # the program ends as we look, or is another user's
             if os.readlink(link) == target:
                 found.add(int(link.split("/")[2]))
-    return [_program(pid) for pid in sorted(found)]
+    return {pid: _program(pid) for pid in sorted(found)}
 
 
 def _program(pid: int) -> str:
     if pid == os.getpid():
         return "this very program (is the same port given twice?)"
+    name = "a program"
     with suppress(OSError):
-        return f"{Path(f'/proc/{pid}/comm').read_text().strip()} (pid {pid})"
-    return f"a program (pid {pid})"
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").strip("\0").split("\0")
+        name = " ".join([os.path.basename(words[0]), *words[1:3]])[:60]  # python -m so101.tools.teleoperate
+    return f"{name!r} (pid {pid})"

@@ -3,8 +3,10 @@
 Reads only: nothing here moves a joint or changes a servo.
 """
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import serial
 
@@ -27,6 +29,7 @@ COLLISIONS = 4  # damaged replies of those that are no bad luck; a sound line ha
 SUPPLY_MARGIN = 1.1  # a 7.4 V servo allows 8.0 V, and a full 8.4 V battery does it no harm; 12 V does
 NO_MOTOR_POWER = 4.5  # V; a 5 V supply reads 4.8 and more at the servos
 TWELVE_VOLT_SUPPLY = 9.0  # V; above what 7.4 V motors bear, below what a 12 V supply sags to
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 SETUP_COMMAND = "python -m so101.tools.setup"
 SILENT = (
     "no motor answers, though the USB adapter is there. Plug in the arm's power supply (USB does not feed the "
@@ -208,6 +211,25 @@ def explain_gap(answering: Collection[str]) -> str | None:
         f"{first} (id {servo_id}) does not answer{also}: check the cable from {before} to {first}; if it is "
         f"good, connect {first}'s motor alone and run {SETUP_COMMAND} joint={first}"
     )
+
+
+def shared_complaints(states: Mapping[str, ServoState], port: str | None) -> list[str]:
+    """The complaints of the servos on a port, by name; those that differ in their figures only are one."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, state in states.items():
+        for complaint in state.complaints:
+            found.setdefault(NUMBER.sub("", complaint), []).append((name, complaint))
+    lines = []
+    for sharing in found.values():
+        names = [name for name, _ in sharing]
+        who = f"the six servos on {port}" if len(names) == len(JOINTS) else ", ".join(names)
+        figures = zip(*(NUMBER.findall(complaint) for _, complaint in sharing), strict=True)
+        spans = [sorted(set(values), key=float) for values in figures]
+        shown = [" .. ".join(dict.fromkeys((values[0], values[-1]))) for values in spans]
+        words = NUMBER.split(sharing[0][1])
+        said = "".join(word + figure for word, figure in zip_longest(words, shown, fillvalue=""))
+        lines.append(f"{'each of ' * (len(names) > 1)}{who} {said}")
+    return lines
 
 
 def firmware_mix(states: Iterable[ServoState]) -> str | None:

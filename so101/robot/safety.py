@@ -23,6 +23,12 @@ EASE_PERIOD = 0.05  # s
 EASE_LAG = 0.3  # rad; a free joint is 0.15 behind, and at 0.37 its servo gives all that it has
 AT_REST = 0.15  # rad; a sagging arm rests this near to its commanded rest pose
 SUPPORT_S = 30.0  # for somebody to take hold of an arm that could not be brought to rest
+AGAIN_SPEED = 0.5  # rad/s; at the half torque that a held arm has
+TRIES = 3  # to bring an arm to rest whose blocked joint came free
+# A blocked joint is led on by LEAN, for LEAN_S of each LOOK_S: with a hold's 0.05 that is 45 % of its PWM, and takes a
+# free joint past FREED though gravity costs it up to 0.11 (rad, all).
+LEAN, FREED = 0.12, 0.03
+LEAN_S, LOOK_S = 0.3, 0.5
 STALL_MOTION = 0.02  # rad or opening; less than this is no motion
 LONGEST_TICK = 1.0  # s; after a longer pause between checks (a reset) durations are counted anew
 GRIPPER = np.array([name == "gripper" for name in JOINTS])
@@ -144,20 +150,35 @@ class Watchdog:
         return tripped & (now - began >= seconds)
 
 
+class Blocked(SafetyStop):
+    """A joint of the arm (`joint`, its index) that stood at `position` (rad) and did not go `way` (+1, -1)."""
+
+    def __init__(self, message: str, joint: int, reading: Reading, goal: float) -> None:
+        super().__init__(message)
+        self.joint, self.position, self.faulty = joint, float(reading.position[joint]), faulty(reading)
+        self.way = float(np.sign(goal - self.position))
+
+
+def faulty(reading: Reading) -> bool:
+    """Whether a servo reports a fault, an overload say, with which it gives a fifth of its torque."""
+    return bool((reading.status & ~VOLTAGE_BIT).any())
+
+
 def ease_to(
     arm: Arm,
     clock: Clock,
     goal: np.ndarray,
     each_tick: Callable[[np.ndarray], None] = lambda position: None,
     read: Callable[[], Reading] | None = None,
+    speed: float = EASE_SPEED,
 ) -> None:
-    """Move from where the goals are to `goal` (6,) in a straight joint-space line at EASE_SPEED.
+    """Move from where the goals are to `goal` (6,) in a straight joint-space line at `speed` (rad/s).
 
     `each_tick` gets each commanded position (6,), so that a leader arm can come along; `read`, a watchdog's guard,
-    reads the servos. Raises SafetyStop, naming the joint, when one falls behind by EASE_LAG: it pushes at something.
+    reads the servos. Raises Blocked, naming the joint, when one falls behind by EASE_LAG: it pushes at something.
     """
     start = arm.goals()
-    steps = max(1, int(np.ceil(np.abs(goal - start).max() / (EASE_SPEED * EASE_PERIOD))))
+    steps = max(1, int(np.ceil(np.abs(goal - start).max() / (speed * EASE_PERIOD))))
     for step in range(1, steps + 1):
         position = np.clip(start + (goal - start) * step / steps, *arm.limits)
         arm.command(position)
@@ -167,7 +188,8 @@ def ease_to(
         behind = np.abs(reading.position - position)[:5]
         if behind.max() > EASE_LAG:
             joint = int(behind.argmax())
-            raise SafetyStop(f"{JOINTS[joint]}: {behind[joint]:.2f} rad behind its command; free what blocks the arm")
+            said = f"{JOINTS[joint]}: {behind[joint]:.2f} rad behind its command; free what blocks the arm"
+            raise Blocked(said, joint, reading, float(position[joint]))
 
 
 def lift(
@@ -175,6 +197,7 @@ def lift(
     clock: Clock,
     each_tick: Callable[[np.ndarray], None] = lambda position: None,
     read: Callable[[], Reading] | None = None,
+    speed: float = EASE_SPEED,
 ) -> None:
     """Raise the tool straight up to LIFT_Z, unless it is there already; the rest is as in `ease_to`."""
     goal = arm.goals()
@@ -182,7 +205,7 @@ def lift(
     if tool[2] < LIFT_Z:
         low, high = arm.limits
         raised = solve_ik(np.array([tool[0], tool[1], LIFT_Z]), goal[:5], low=low[:5], high=high[:5], max_iterations=50)
-        ease_to(arm, clock, np.append(raised, goal[5]), each_tick, read)
+        ease_to(arm, clock, np.append(raised, goal[5]), each_tick, read, speed)
 
 
 def connect(arm: Arm, who: str) -> list[str]:
@@ -219,8 +242,9 @@ def safe_close(
     """Lift, ease to `rest` (6,), and release the torque once the measured pose is at rest; `each_tick` as in ease_to.
 
     An arm that cannot be brought to rest is held with reduced torque for somebody to support it, and a Ctrl-C
-    then releases it. On the way to rest it takes two of them, the one that led here included. Does nothing to an
-    arm that was not given torque. What fails here is told and not raised, so that it cannot hide what led here.
+    then releases it; where a blocked joint comes free meanwhile, it is brought to rest after all. On the way to rest
+    it takes two Ctrl-C, the one that led here included. Does nothing to an arm that was not given torque. What fails
+    here is told and not raised, so that it cannot hide what led here.
     """
     if not arm.driven:
         return
@@ -230,63 +254,118 @@ def safe_close(
         tell("bringing the arm to rest; another Ctrl-C would release it where it is")
     with signals_held() as came:
 
-        def heed(position: np.ndarray) -> None:
+        def heed() -> None:
             if len(came) >= patience:
                 raise KeyboardInterrupt
+
+        def heed_and_tick(position: np.ndarray) -> None:
+            heed()
             each_tick(position)
 
         try:
-            if trouble := _come_to_rest(arm, clock, rest, heed):
-                _hold_for_support(arm, clock, trouble, came)
-            else:
-                arm.set_torque(False)
+            trouble = _come_to_rest(arm, clock, rest, heed_and_tick)
+            for tries in range(TRIES, -1, -1):
+                if trouble is None:
+                    arm.set_torque(False)
+                    break
+                blocked = trouble if isinstance(trouble, Blocked) and not trouble.faulty and tries else None
+                holds, sentence = _hold(arm, trouble, blocked)
+                patience = len(came) + 1  # who reads the sentence may be quick
+                tell(sentence)
+                if not holds or not _comes_free(arm, clock, blocked, heed):
+                    break
+                trouble = _come_to_rest(arm, clock, rest, heed_and_tick, again=True)
         except KeyboardInterrupt:
             try:
                 arm.set_torque(False)
                 tell("interrupted again: the arm was released where it was")
-            except UserError as error:
-                tell(f"interrupted again: {error}")
-        except UserError as error:
-            tell(f"closing the arm: {error}")
+            except Exception as error:
+                tell(f"interrupted again: {_said(error)}")
+        except Exception as error:
+            tell(f"closing the arm: {_said(error)}")
         if cause is not None:
             came.clear()  # it ends the program already
 
 
-def _come_to_rest(arm: Arm, clock: Clock, rest: np.ndarray, heed: Callable[[np.ndarray], None]) -> str:
-    """Why the arm could not be brought to rest; empty when it lies there."""
+def _said(error: Exception) -> str:
+    """In words; a bug with its kind, on the one path that nothing may cut short."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _come_to_rest(
+    arm: Arm, clock: Clock, rest: np.ndarray, heed: Callable[[np.ndarray], None], again: bool = False
+) -> Exception | None:
+    """Why the arm could not be brought to rest; None when it lies there. `again`: slowly, from a hold."""
     try:
         limp = arm.driven - set(arm.holding())
         if limp == arm.driven:
-            return ""
+            return None
         if limp:
-            return f"{', '.join(sorted(limp))} lost its torque"
-        lift(arm, clock, heed)
-        ease_to(arm, clock, np.clip(rest, *arm.limits), heed)
+            return SafetyStop(f"{', '.join(sorted(limp))} lost its torque")
+        if again:
+            arm.loosen()
+        speed = AGAIN_SPEED if again else EASE_SPEED
+        lift(arm, clock, heed, speed=speed)
+        ease_to(arm, clock, np.clip(rest, *arm.limits), heed, speed=speed)
         clock.sleep_until(clock.now() + 0.5)
-        away = np.abs(arm.read().position - rest)[:5]
-    except UserError as error:
-        return str(error)
-    except Exception as error:  # a bug, on the one path that nothing may cut short
-        return f"{type(error).__name__}: {error}"
-    return f"{JOINTS[int(away.argmax())]} is {away.max():.2f} rad from rest" if away.max() > AT_REST else ""
+        reading = arm.read()
+        away = np.abs(reading.position - rest)[:5]
+        if away.max() <= AT_REST:
+            return None
+        joint = int(away.argmax())
+        said = f"{JOINTS[joint]} is {away[joint]:.2f} rad from rest"
+        return Blocked(said, joint, reading, float(rest[joint]))
+    except Exception as error:
+        return error
 
 
-def _hold_for_support(arm: Arm, clock: Clock, trouble: str, came: list[int]) -> None:
-    """Hold where the arm is, say so, and wait; KeyboardInterrupt when a signal comes meanwhile."""
-    held = set(arm.held)  # a gripper, on what it has grasped
+def _hold(arm: Arm, trouble: Exception, blocked: Blocked | None) -> tuple[bool, str]:
+    """Hold where the arm is; whether that is to be waited on, and what to say. False where nothing answers."""
+    held, why, how = set(arm.held), _said(trouble), "It holds with reduced torque"
     try:
         arm.hold()
-    except UserError as error:
-        if held == set(arm.held):
-            tell(f"closing the arm. It may still hold: support it, and cut its power. {trouble}")
-            return
-        trouble += f"; {error}"
-    had, until = len(came), clock.now() + SUPPORT_S  # who reads the sentence may be quick
-    tell(
-        f"closing the arm: {trouble}. It holds with reduced torque: support it, then press Ctrl-C to release it. "
+    except Exception as error:
+        if held == set(arm.held):  # a gripper, on what it has grasped, at most
+            if isinstance(error, UserError):
+                return False, f"closing the arm. It may still hold: support it, and cut its power. {why}"
+            how = "It may hold with all its torque"
+        why += f"; {_said(error)}"
+    sentence = (
+        f"closing the arm: {why}. {how}: support it, then press Ctrl-C to release it. "
         f"In {SUPPORT_S:.0f} s this program leaves it holding; `python -m so101.tools.release` frees it then"
     )
+    if blocked is not None and JOINTS[blocked.joint] in arm.held:
+        sentence += ". Once the joint is free it goes on to rest by itself, slowly"
+    return True, sentence
+
+
+def _comes_free(arm: Arm, clock: Clock, blocked: Blocked | None, heed: Callable[[], None]) -> bool:
+    """Wait for SUPPORT_S, or until the blocked joint can go on; whether it can.
+
+    `heed` raises KeyboardInterrupt when a signal comes. What fails is told once, and nothing ends the wait.
+    """
+    until, told = clock.now() + SUPPORT_S, ""
+
+    def wait(seconds: float) -> None:
+        for _ in range(round(seconds / 0.1)):
+            heed()
+            clock.sleep_until(clock.now() + 0.1)
+
     while clock.now() < until:
-        if len(came) > had:
-            raise KeyboardInterrupt
-        clock.sleep_until(clock.now() + 0.1)
+        wait(LOOK_S - LEAN_S)
+        try:
+            if blocked is not None and (held := arm.held.get(JOINTS[blocked.joint])):
+                name, hold_at = JOINTS[blocked.joint], held[0]
+                arm.lean(name, hold_at + blocked.way * LEAN)
+                wait(LEAN_S)
+                reading = arm.read()
+                arm.lean(name, hold_at)
+                gone = (reading.position[blocked.joint] - blocked.position) * blocked.way
+                if gone > FREED and not faulty(reading):
+                    tell(f"{name} has come free: once more to rest, slowly")
+                    return True
+        except Exception as error:
+            if _said(error) != told:
+                told = _said(error)
+                tell(f"closing the arm: {told}. It holds on")
+    return False

@@ -99,6 +99,9 @@ class KeySource(Protocol):
     def poll(self) -> list[str]:
         """Events (KEYS' values) since the last call; never waits."""
 
+    def quits(self) -> bool:
+        """Whether "quit" will be among the events of the next `poll`; takes none of them away."""
+
     def hear(self, cue: Cue) -> None:
         """Take in one of the cues above."""
 
@@ -116,6 +119,7 @@ class TerminalKeys:
     def __init__(self, sound: Sound | None = None) -> None:
         self.sound = sound
         self._seen: dict[str, float] = {}  # when each event's key last came
+        self._unread = ""  # typed, and not yet polled
         self._saved: Any = None  # the terminal's own settings
         self._terminal = sys.stdin.isatty() and _in_foreground()
         if self._terminal:
@@ -128,12 +132,20 @@ class TerminalKeys:
     def poll(self) -> list[str]:
         """Events for the keys pressed since the last call; unknown keys are ignored, and a key held down is one."""
         now, events = time.monotonic(), []
-        for key in ESCAPE.sub("", self._typed()).lower():
+        typed, self._unread = self._unread + self._typed(), ""
+        for key in ESCAPE.sub("", typed).lower():
             event = KEYS.get(key, "")
             if event and now - self._seen.get(event, -np.inf) > HELD_DOWN_S:
                 events.append(event)
             self._seen[event] = now
         return events
+
+    def quits(self) -> bool:
+        """Whether the key to quit was typed since the last `poll`; as there, a key still held down is not."""
+        self._unread += self._typed()
+        if time.monotonic() - self._seen.get("quit", -np.inf) <= HELD_DOWN_S:
+            return False
+        return any(KEYS.get(key) == "quit" for key in ESCAPE.sub("", self._unread).lower())
 
     def hear(self, cue: Cue) -> None:
         """Print the cue for the person, and say it."""
@@ -259,11 +271,15 @@ class Teleop:
     def place_object(self, clock: Clock, seconds: float, look: Callable[[], object]) -> frozenset[str]:
         """Give the person `seconds` to place the object, longer while paused; the keys pressed in a reset.
 
-        `look` is called every PAUSE_LOOK, for a watchdog: the follower holds itself up meanwhile.
+        `look` is called every PAUSE_LOOK, for a watchdog: the follower holds itself up meanwhile. Who quits is kept
+        no longer.
         """
-        self.hear(PLACE_CUBE.about(f"{seconds:g}"))
+        if not self.quits():
+            self.hear(PLACE_CUBE.about(f"{seconds:g}"))
         began = clock.now()
         for waited in np.arange(0, seconds, PAUSE_LOOK):
+            if self.quits():
+                break
             clock.sleep_until(began + min(seconds, waited + PAUSE_LOOK))
             look()
         events = self._pressed()
@@ -273,6 +289,10 @@ class Teleop:
             events |= self._pressed()
         self._ticks_held[:] = 0  # a hand that held the leader during the reset does not yet want to drive
         return events
+
+    def quits(self) -> bool:
+        """Whether the key to quit was pressed since the last look at the keys, which it does not replace."""
+        return "quit" in self._kept or self.keys.quits()
 
     def poll(
         self,

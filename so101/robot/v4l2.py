@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
+from so101.robot.ports import stable_path
+
 LINKS = Path("/dev/v4l")  # where udev keeps names that outlive a reboot
 
 # linux/videodev2.h: VIDIOC_ENUM_FMT and VIDIOC_ENUM_FRAMESIZES, their structs' sizes, and the types asked for.
@@ -76,8 +78,4 @@ def _entries(node: BinaryIO, code: int, size: int, kind: int) -> Iterator[bytes]
 
 def lasting_name(device: str) -> str:
     """The link that stays with a camera (by-id) or else with its socket (by-path); "" where there is none."""
-    for kind in ("by-id", "by-path"):
-        for link in sorted(LINKS.glob(f"{kind}/*")):
-            if os.path.realpath(link) == device:
-                return str(link)
-    return ""
+    return stable_path(device, True, LINKS) or ""

@@ -12,7 +12,6 @@ import numpy as np
 from so101.robot.kinematics import JAW_PIVOT
 
 TIP_Z = -0.1044  # the end of the fixed finger
-TIP_BELOW_TOOL = 0.0063
 INNER_FACE_X = -0.0079  # of the fixed finger, at its tip
 FINGER_HALF_WIDTH = 0.0048  # at the pads
 FINGER_DEPTH = 0.012  # from a finger's inner face to its back, where it meets a cube

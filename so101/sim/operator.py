@@ -63,6 +63,10 @@ class Operator:
     def close(self) -> None:
         """Nothing to give back."""
 
+    def quits(self) -> bool:
+        """It never does."""
+        return False
+
     def poll(self) -> list[str]:
         """One look at the scene: move the hand, if it holds the leader, and press keys."""
         self._ticks += 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from so101.config import option, require_within
 from so101.errors import ConfigError
-from so101.robot.kinematics import gripper_rotation, point_jacobian, point_position
+from so101.robot.kinematics import TIP_BELOW_TOOL, gripper_rotation, point_jacobian, point_position
 from so101.sim import contact
 
 LIFTED = 0.03  # m; a held cube whose bottom is above this counts as lifted
@@ -260,7 +260,7 @@ class World:
         towards_jaw, across = seen.place
         opening, scale = jaw.low[0], RULE_SIZE / self._size
         offset = across - (fixed.low[1] + fixed.high[1]) / 2
-        height = RULE_SIZE - fixed.depth + contact.TIP_BELOW_TOOL  # over a table 30 mm below the cube's top
+        height = RULE_SIZE - fixed.depth + TIP_BELOW_TOOL  # over a table 30 mm below the cube's top
         if not contact.grasp_holds(height, offset * scale, seen.yaw):
             room = contact.square_width(self._size, seen.yaw) / 2
             low, high = min(fixed.low[1], jaw.low[1]) - room, max(fixed.high[1], jaw.high[1]) + room

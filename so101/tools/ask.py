@@ -24,6 +24,7 @@ else:
 
 
 POLL_EVERY = 0.005  # s
+INPUT_ENDED = "the input ended, and a person has to press Enter here; run this in a terminal"
 
 
 def open_limp(name: str, config: ArmConfig, stack: ExitStack) -> Arm:
@@ -71,6 +72,6 @@ def _typed_line() -> str | None:
     while not line.endswith(b"\n"):
         byte = os.read(sys.stdin.fileno(), 1)  # sys.stdin itself would swallow the lines after it
         if not byte:
-            raise ConfigError("the input ended, and a person has to press Enter here; run this in a terminal")
+            raise ConfigError(INPUT_ENDED)
         line += byte
     return line.decode(errors="replace").strip()

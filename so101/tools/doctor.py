@@ -26,7 +26,16 @@ from so101.rig import ArmConfig, RigConfig
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.calibration import explain_differences, load_calibration
 from so101.robot.camera import ENOUGH_FPS, Camera, CameraConfig, require_lasting_names
-from so101.robot.ports import BAUD, PORTS_COMMAND, list_ports, open_port, permission_advice
+from so101.robot.ports import (
+    BAUD,
+    OTHER_PROGRAM,
+    PORTS_COMMAND,
+    PortBusy,
+    holders,
+    list_ports,
+    open_port,
+    permission_advice,
+)
 from so101.robot.probe import (
     BAUDS,
     SETUP_COMMAND,
@@ -43,6 +52,7 @@ from so101.schema import JOINTS
 from so101.sim.servos import SIM_CALIBRATION, SimPort, SimServos
 from so101.timing import Clock
 
+HARDWARE = HardwareError.exit_code
 AGAIN = "mend that, then run this again"
 LITTLE_SPACE, NO_SPACE = 5e9, 5e8  # bytes; 25 recorded episodes are about 0.1 GB, a training run's features some GB
 JITTER_PERIOD, JITTER_TICKS = 0.005, 100  # s
@@ -58,6 +68,10 @@ class Config:
     dataset: str | None = option(None, "folder of a dataset to open; null: none")
     json: bool = option(False, "print one JSON object instead of lines; --json does the same")
 
+    def __post_init__(self) -> None:
+        if self.dataset == "":
+            raise ConfigError("dataset: got no name; give the folder that holds meta/info.json, or null for none")
+
 
 @dataclass
 class Finding:
@@ -67,19 +81,23 @@ class Finding:
     what: str
     found: str
     then: str = ""  # the command to run next, or what to do before that
-    hardware: bool = False
+    exit_code: int = 1  # 0 where it is not bad
+
+    def __post_init__(self) -> None:
+        if self.level != "bad":
+            self.exit_code = EXIT_DONE
 
 
 def main(config: Config) -> int:
-    """Print the findings; 0 when none is bad, 3 when hardware is, else 1."""
+    """Print the findings; 0 when none is bad, 3 when hardware is, else the exit code of the first that is."""
     findings = []
     for finding in examine(config):
         findings.append(finding)
         if not config.json:
             then = f"\n{'':9}next: {finding.then}" if finding.then else ""
             print(f"{finding.level:8} {finding.what}: {finding.found}{then}", flush=True)
-    bad = [finding for finding in findings if finding.level == "bad"]
-    code = EXIT_DONE if not bad else HardwareError.exit_code if any(f.hardware for f in bad) else 1
+    bad = [finding.exit_code for finding in findings if finding.level == "bad"]
+    code = HARDWARE if HARDWARE in bad else next(iter(bad), EXIT_DONE)
     if config.json:
         print(json.dumps({"exit_code": code, "findings": [asdict(finding) for finding in findings]}, indent=2))
     return code
@@ -92,14 +110,14 @@ def examine(config: Config) -> Iterator[Finding]:
         rig = RigConfig() if config.rig is None else load(RigConfig, config.rig)
         yield Finding("good", "config", f"{config.rig or 'the simulated rig'} loads")
     except ConfigError as error:
-        yield Finding("bad", "config", str(error), AGAIN)
+        yield Finding("bad", "config", str(error), AGAIN, error.exit_code)
     else:
         yield from arms(rig)
         if not rig.simulated:
             try:
                 require_lasting_names(rig.cameras)
             except ConfigError as error:
-                yield Finding("bad", "cameras", str(error), "python -m so101.tools.camera")
+                yield Finding("bad", "cameras", str(error), "python -m so101.tools.camera", error.exit_code)
         for name, camera in rig.cameras.items():
             yield check_camera(name, camera, rig.simulated)
     if config.dataset is not None:
@@ -154,9 +172,19 @@ def arms(rig: RigConfig) -> Iterator[Finding]:
                 try:
                     yield from check_arm(name, config, rig.simulated, whole, stack)
                 except HardwareError as error:
-                    yield Finding("bad", f"{name} port", str(error), PORTS_COMMAND, hardware=True)
+                    then = _free(config.port) if isinstance(error, PortBusy) else PORTS_COMMAND
+                    yield Finding("bad", f"{name} port", str(error), then, HARDWARE)
         if len(whole) == 2 and (said := swapped(**whole)):
-            yield Finding("bad", "arms", said, f"{PORTS_COMMAND} wiggle=true", hardware=True)
+            yield Finding("bad", "arms", said, f"{PORTS_COMMAND} wiggle=true", HARDWARE)
+
+
+def _free(port: str) -> str:
+    """What to do about a port that is in use."""
+    users = holders(port)
+    others = [name for pid, name in users.items() if pid != os.getpid()]
+    if users and not others:
+        return "give each arm its own port in the config"
+    return f"end {', '.join(others) or OTHER_PROGRAM}, then run this again"
 
 
 def check_arm(
@@ -177,7 +205,7 @@ def check_arm(
     bus = ServoBus(port)
     answering = yield from check_servos(name, bus)
     if gap := explain_gap(answering):
-        yield Finding("bad", f"{name} chain", gap, f"{SETUP_COMMAND} port={config.port} arm={name}", hardware=True)
+        yield Finding("bad", f"{name} chain", gap, f"{SETUP_COMMAND} port={config.port} arm={name}", HARDWARE)
         if isinstance(port, serial.Serial):
             yield from strangers(name, port)
     states = [state for state in answering.values() if state is not None]
@@ -189,11 +217,11 @@ def check_arm(
             raise ConfigError(f"{name}.calibration: a real arm needs its calibration file")
         calibration = SIM_CALIBRATION if simulated else load_calibration(Path(config.calibration or ""))
     except ConfigError as error:
-        yield Finding("bad", what, str(error), then)
+        yield Finding("bad", what, str(error), then, error.exit_code)
         return
     whole[name] = bus, calibration
     if foreign := explain_differences(calibration, {state.id: state.stored for state in states}):
-        yield Finding("bad", what, f"{config.calibration}: {foreign}", then)
+        yield Finding("bad", what, f"{config.calibration}: {foreign}", then, HARDWARE)
     else:
         yield Finding("good", what, f"{config.calibration or 'the simulated one'} is the one in the servos")
 
@@ -211,7 +239,7 @@ def check_servos(name: str, bus: ServoBus) -> Generator[Finding, None, dict[str,
                 yield servo_finding(f"{name} {joint}", state)
         except ServoError as error:
             answering[joint] = None
-            yield Finding("bad", f"{name} {joint}", str(error), SETUP_COMMAND, hardware=True)
+            yield Finding("bad", f"{name} {joint}", str(error), SETUP_COMMAND, HARDWARE)
     if mix := firmware_mix(filter(None, answering.values())):
         yield Finding("warning", f"{name} firmware", mix, "nothing, while no replies are lost")
     if (damaged := damaged_replies(bus)) and None not in answering.values():
@@ -224,7 +252,7 @@ def servo_finding(what: str, state: ServoState) -> Finding:
     """One servo that answers."""
     found = "; ".join([str(state), *state.complaints])
     if state.status or not state.supplied:
-        return Finding("bad", what, found, AGAIN, hardware=True)
+        return Finding("bad", what, found, AGAIN, HARDWARE)
     if state.complaints:
         return Finding("warning", what, found, AGAIN)
     if state.torque:
@@ -238,9 +266,7 @@ def strangers(name: str, port: serial.Serial) -> Iterator[Finding]:
         for servo_id in hear(port, baud)[0]:
             if baud != BAUD or not 1 <= servo_id <= len(JOINTS):
                 found = f"answers as id {servo_id} at {baud} baud; joints have ids 1 .. {len(JOINTS)} at {BAUD}"
-                yield Finding(
-                    "bad", f"{name} motor {servo_id}", found, f"{SETUP_COMMAND} port={port.port}", hardware=True
-                )
+                yield Finding("bad", f"{name} motor {servo_id}", found, f"{SETUP_COMMAND} port={port.port}", HARDWARE)
 
 
 def check_camera(name: str, config: CameraConfig, simulated: bool) -> Finding:
@@ -252,7 +278,7 @@ def check_camera(name: str, config: CameraConfig, simulated: bool) -> Finding:
         with closing(Camera(name, config, clock)) as camera:
             fps, age = watch(camera, clock, WATCH_CAMERA_S)
     except HardwareError as error:
-        return Finding("bad", what, str(error), "python -m so101.tools.camera", hardware=True)
+        return Finding("bad", what, str(error), "python -m so101.tools.camera", HARDWARE)
     found = f"{config.source}: {fps:.1f} of {config.fps} frames per second, {age * 1e3:.0f} ms old when they are used"
     if fps < ENOUGH_FPS * config.fps:
         return Finding(
@@ -277,7 +303,7 @@ def check_dataset(folder: str) -> Iterator[Finding]:
     try:
         dataset = open_dataset(folder)
     except UserError as error:
-        yield Finding("bad", "dataset", str(error), "give the folder that holds meta/info.json")
+        yield Finding("bad", "dataset", str(error), "give the folder that holds meta/info.json", error.exit_code)
         return
     frames = sum(episode.length for episode in dataset.episodes)
     yield Finding(

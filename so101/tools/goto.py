@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 
 from so101.config import launch, option, require_within
-from so101.env import HOME_SEED, TIP_BELOW_TOOL, EnvConfig
+from so101.env import EnvConfig, straight_down_at
 from so101.errors import ConfigError
 from so101.rig import RigConfig, open_rig, require_reachable
-from so101.robot.kinematics import forward, solve_ik
+from so101.robot.kinematics import TIP_BELOW_TOOL, forward
 from so101.robot.safety import EASE_PERIOD, Watchdog, ease_to, lift
 from so101.schema import JOINTS
 
@@ -42,7 +42,7 @@ def main(config: Config) -> None:
         if config.pose == "rest":
             goal = np.array(config.rig.follower.rest)
         elif config.pose == "home":
-            joints = solve_ik(np.array(config.env.home), HOME_SEED, low=low[:5], high=high[:5], max_iterations=50)
+            joints = straight_down_at(np.array(config.env.home), rig.arm.limits)
             goal = np.append(joints, config.env.gripper_range[1])
         else:
             goal = np.array(config.pose)

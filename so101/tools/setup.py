@@ -17,8 +17,9 @@ from so101.config import launch, option
 from so101.errors import ConfigError, HardwareError, UserError
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.ports import BAUD, open_port
-from so101.robot.probe import BAUDS, COLLISION, SILENT, firmware_mix, hear, inspect, read_chain
+from so101.robot.probe import BAUDS, COLLISION, SILENT, firmware_mix, hear, inspect, read_chain, shared_complaints
 from so101.schema import JOINTS
+from so101.tools.ask import INPUT_ENDED
 
 GEARS = {"follower": ["1/345"] * 6, "leader": ["1/191", "1/345", "1/191", "1/147", "1/147", "1/147"]}
 
@@ -53,7 +54,7 @@ def main(config: Config) -> None:
 
 def _until_good(device: str, prompt: str, what: str, do: Callable[[serial.Serial], str]) -> None:
     """Ask, and do it; where the hardware is not as it should be, say why and ask again."""
-    problem: UserError = UserError("the input ended before all was done; run it in a terminal")
+    problem: UserError = ConfigError(INPUT_ENDED)
     while True:
         print(f"\n{prompt}", flush=True)
         if not sys.stdin.readline():
@@ -108,13 +109,21 @@ def _only_motor(port: serial.Serial) -> tuple[int, int]:
 def _to_full_speed(port: serial.Serial, bus: ServoBus, servo_id: int) -> None:
     """Set Baud_Rate to 0; no other code is ever written, as documents disagree on what they mean."""
     bus.write(servo_id, "Torque_Enable", 0)
-    bus.write(servo_id, "Lock", 0)
-    with suppress(ServoError):  # the servo changes over at once, and acknowledges at either speed
-        ServoBus(port, retries=0).write(servo_id, "Baud_Rate", 0)
-    port.baudrate = BAUD
-    if (code := bus.read(servo_id, "Baud_Rate")) != 0:
-        raise HardwareError(f"id {servo_id}: Baud_Rate reads {code} after 0 was written; switch its power off and on")
-    bus.write(servo_id, "Lock", 1)
+    baud = port.baudrate
+    try:
+        with bus.unlocked(servo_id, servo_id):
+            with suppress(ServoError):  # the servo changes over at once, and acknowledges at either speed
+                ServoBus(port, retries=0).write(servo_id, "Baud_Rate", 0)
+            port.baudrate = BAUD
+            if (code := bus.read(servo_id, "Baud_Rate")) != 0:
+                raise HardwareError(
+                    f"id {servo_id}: Baud_Rate reads {code} after 0 was written; switch its power off and on"
+                )
+    except BaseException:
+        port.baudrate = baud  # it may not have changed over, and then it did not hear the lock
+        with suppress(ServoError):
+            bus.write(servo_id, "Lock", 1)
+        raise
 
 
 def _check_chain(port: serial.Serial) -> str:
@@ -122,8 +131,8 @@ def _check_chain(port: serial.Serial) -> str:
     chain = read_chain(ServoBus(port), range(1, len(JOINTS) + 1))
     for joint, state in chain.items():
         print(f"{joint}: {state}")
-        for complaint in state.complaints:
-            print(f"warning: {joint} {complaint}")
+    for said in shared_complaints(chain, port.name):
+        print(f"warning: {said}")
     if mix := firmware_mix(chain.values()):
         print(f"warning: {mix}")
     return "all six motors answer"
