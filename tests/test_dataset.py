@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -524,7 +525,10 @@ def test_the_index_is_believed_only_while_the_files_are_those_it_was_made_from(r
     index["chunk-000/file-001.parquet"][1]["tasks"] = ["from the index"]
     (recorded / "meta/index.json").write_text(json.dumps(index))
     assert [e.task for e in open_dataset(recorded).episodes] == ["lift the cube", "from the index"]
-    os.utime(path)  # somebody wrote the file anew
+    copy = Path(shutil.copytree(recorded, recorded.with_name("copy"), copy_function=shutil.copyfile))
+    assert open_dataset(copy).episodes[1].task == "from the index"  # it moves with its dataset
+    table = pq.read_table(path)
+    pq.write_table(table, path, compression="zstd")  # somebody wrote the file anew
     assert [e.task for e in open_dataset(recorded).episodes] == ["lift the cube"] * 2
     for torn in ("", "{", "[]", '{"chunk-000/file-000.parquet": 3}'):
         (recorded / "meta/index.json").write_text(torn)

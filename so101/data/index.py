@@ -1,10 +1,11 @@
-"""A fast way to what meta/episodes holds: 1,000 files of 143 columns take 1 to 2 s to read, their index 10 ms.
+"""A fast way to what meta/episodes holds: 1,000 files of 143 columns take 1 to 2 s to parse, their index 0.1 s.
 
-The index is written when a recording is closed. It is believed of a file only while size and time of change are those
-that it was made from; a copy that has other times, an index that is old or torn, cost those seconds and no more.
+The index is written when a recording is closed. It is believed of a file only while the checksum of its bytes is that
+of the file it was made from; an index that is old, torn or lost costs those seconds and no more.
 """
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,5 @@ def _key(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def _stamp(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+def _stamp(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())

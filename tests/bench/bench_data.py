@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from so101.data.dataset import open_dataset
+from so101.data.dataset import episode_rows, open_dataset
+from so101.data.index import write_index
 from so101.data.video import CODECS, Codec, VideoWriter, require_codec
 from so101.data.writer import DatasetWriter
 from so101.episodes import load_images
@@ -71,13 +72,23 @@ def opening(folder: Path) -> Iterator[Row]:
     record(folder / "alone", 1, ROWS, 32, 32)
     multiply(folder / "alone", EPISODES)
     pack(folder / "alone", folder / "packed")
-    for name, layout in (("alone", "one file an episode"), ("packed", f"{PACKED} episodes in a file")):
+    shutil.copytree(folder / "alone", folder / "lost")
+    write_index(folder / "alone", episode_rows(folder / "alone"))  # as the end of a recording does
+    layouts = {
+        "alone": "one file an episode", "lost": "their index lost", "packed": f"{PACKED} episodes in a file"
+    }  # fmt: skip
+    for name, layout in layouts.items():
         files = [path for top in ("meta", "data") for path in (folder / name / top).rglob("*") if path.is_file()]
         taken = [
             timed(lambda name=name: require(len(open_dataset(folder / name).episodes), EPISODES)) for _ in range(5)
         ]
         floor = [timed(lambda files=files: [path.read_bytes() for path in files]) for _ in range(5)]
-        yield f"open {EPISODES} episodes, {layout}", f"{np.median(taken):.2f} s", f"{np.median(floor):.2f} s", "< 1 s"
+        yield (
+            f"open {EPISODES} episodes, {layout}",
+            f"{np.median(taken):.2f} s",
+            f"{np.median(floor):.2f} s",
+            "" if name == "lost" else "< 1 s",
+        )
 
 
 def decoding(folder: Path) -> Iterator[Row]:
