@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from so101.errors import DataError
+from so101.learn.pickled import read_pickle
 from so101.learn.weights import read_safetensors
 
 CHANNELS = 512  # of the output
@@ -78,10 +79,11 @@ class ResNet10(nn.Module):
 
 
 def load_resnet10(path: str | None, seed: int = 0) -> ResNet10:
-    """The frozen trunk from a .safetensors file, or, for None, from a seeded random start with a warning.
+    """The frozen trunk from a weight file, or, for None, from a seeded random start with a warning.
 
-    The file is `helper2424/resnet10`'s own, or a LeRobot policy or classifier that contains the trunk under
-    some prefix. Raises DataError where a tensor is missing, misshapen, or stands there in two versions.
+    The file is the original project's `resnet10_params.pkl`, or a .safetensors file: `helper2424/resnet10`'s own, or a
+    LeRobot policy or classifier that contains the trunk under some prefix. Raises DataError where a tensor is
+    missing, misshapen, or stands there in two versions.
     """
     trunk = ResNet10().eval().requires_grad_(False)
     if path is None:
@@ -91,7 +93,7 @@ def load_resnet10(path: str | None, seed: int = 0) -> ResNet10:
             if parameter.ndim == 4:
                 nn.init.kaiming_normal_(parameter, generator=generator)
         return trunk
-    stored = read_safetensors(path)
+    stored = read_pickle(path) if path.endswith((".pkl", ".pickle")) else read_safetensors(path)
     wanted = trunk.state_dict()
     trunk.load_state_dict({name: _find(stored, name, tensor, path) for name, tensor in wanted.items()})
     return trunk
