@@ -22,7 +22,8 @@ import cv2
 
 from so101.config import launch, option, require_within
 from so101.data.dataset import Dataset, Episode, open_dataset
-from so101.data.labels import EpisodeLabel, Labels, import_labels, labels_path, load_labels
+from so101.data.label_import import import_labels
+from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
 from so101.data.lock import alone_in
 from so101.errors import ConfigError, DataError
 from so101.images import preprocess
@@ -82,7 +83,7 @@ def serve(config: Config, dataset: Dataset) -> None:
     """The page, until Ctrl-C."""
     read_only = why_read_only(dataset.folder, config.view)
     if not read_only:
-        load_labels(dataset.folder, len(dataset.episodes))  # a file that is damaged, or another dataset's, ends here
+        load_labels(dataset.folder, dataset.observations)  # a file that is damaged, or another dataset's, ends here
     judge = None
     if config.reward_model:
         from so101.web.judge import Judge  # here, as it takes torch, which is 2 s that only a classifier is worth
@@ -104,7 +105,7 @@ def change(config: Config, dataset: Dataset) -> None:
     """Apply what is asked for, check every label against the frames there are, print the table."""
     path = labels_path(dataset.folder)
     with alone_in(path.parent):
-        labels = load_labels(dataset.folder, len(dataset.episodes)) or Labels(
+        labels = load_labels(dataset.folder, dataset.observations) or Labels(
             path.name.removesuffix(".labels.json"), path
         )
         if config.import_:

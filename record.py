@@ -88,10 +88,11 @@ def config_path(folder: Path) -> Path:
 def main(config: Config) -> None:
     """Record until the dataset holds `config.episodes` episodes."""
     folder = Path(config.dataset)
-    had = len(open_dataset(folder).episodes) if folder.exists() else 0
+    there = open_dataset(folder).observations if folder.exists() else []
+    had = len(there)
     if had and not config.resume:
         raise DataError(f"{folder}: exists with {had} episodes; name another, or add to it with resume=true")
-    labels = load_labels(folder, had) or Labels(folder.name)
+    labels = load_labels(folder, there) or Labels(folder.name)
     left_out = sum(label.skip for label in labels.episodes.values())
     if had - left_out >= config.episodes:
         print(f"{folder}: holds {had - left_out} episodes already")
@@ -175,13 +176,13 @@ def judge_the_last(pressed: frozenset[str], folder: Path, last: int) -> bool:
     """Keys pressed while the arm resets speak of the episode before: how it ended, or that it is left out (True)."""
     if not pressed & {"success", "failure", "redo"}:
         return False
-    episodes = open_dataset(folder).episodes
-    labels = load_labels(folder, len(episodes))
+    dataset = open_dataset(folder)
+    labels = load_labels(folder, dataset.observations)
     label = labels.episodes.get(last) if labels else None
     if "failure" in pressed:
         label = EpisodeLabel(all_fail=True)
     elif "success" in pressed and (label is None or label.success_start is None):
-        label = EpisodeLabel(success_start=episodes[last].length)  # its closing observation shows it
+        label = EpisodeLabel(success_start=dataset.episodes[last].length)  # its closing observation shows it
     if "redo" in pressed:
         label = replace(label or EpisodeLabel(skip=True), skip=True)
     label_episode(folder, last, label)

@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     require_same({key: dataset.schema.get(key) for key in wanted}, wanted, str(dataset.folder))
     require_clean(dataset)
     labels_file = labels_path(dataset.folder)
-    labels = load_labels(dataset.folder, len(dataset.episodes))
+    labels = load_labels(dataset.folder, dataset.observations)
     images, states, success, episode_ids = load_frames(dataset, labels, config.preprocess)
     print(f"{dataset.folder}: {len(success)} labelled frames, {success.sum()} of them success")
 

@@ -362,10 +362,10 @@ class Run:
 
     def _add_recorded(self) -> int:
         """Put the recorded online episodes back into replay; returns their steps."""
-        recorded = open_dataset(self.episodes.folder).episodes
-        corrections = load_labels(self.episodes.folder, len(recorded)) or Labels(self.episodes.folder.name)
+        recorded = open_dataset(self.episodes.folder)
+        corrections = load_labels(recorded.folder, recorded.observations) or Labels(recorded.folder.name)
         steps = 0
-        for episode in recorded:
+        for episode in recorded.episodes:
             corrected = episode.index in corrections.episodes
             success = observed_success(episode, corrections if corrected else None)
             if success is None:
@@ -431,7 +431,7 @@ def load_demonstrations(config: Config) -> list[Trajectory]:
         raise DataError(f"{folder}: says nothing of its actions and states; convert it first")
     require_same(dataset.schema, config.schema(), str(folder))
     require_clean(dataset, config.env.locked_joints)
-    labels = load_labels(folder, len(dataset.episodes))
+    labels = load_labels(folder, dataset.observations)
     known = [(episode, success) for episode, success in labelled(dataset, labels) if first_success(success, CUT_AFTER)]
     if not known:
         raise DataError(f"{folder}: has no demonstration that succeeds; label one, or record more")

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from so101.data.labels import EpisodeLabel, Labels, import_labels, labels_path
+from so101.data.label_import import import_labels
+from so101.data.labels import EpisodeLabel, Labels, labels_path
 from so101.errors import DataError
 
 ROOT = Path(__file__).parents[1]

@@ -154,6 +154,11 @@ class Dataset:
     episodes: list[Episode] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def observations(self) -> list[int]:
+        """How many observations each episode has, which is what a label speaks of."""
+        return [episode.observations for episode in self.episodes]
+
 
 def open_dataset(folder: Path | str) -> Dataset:
     """Open a v3.0 or v2.1 dataset, LeRobot's or ours; not a byte of it changes.

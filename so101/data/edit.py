@@ -96,7 +96,7 @@ def open_source(folder: Path | str, foreign: bool = False) -> Source:
             f"{folder}: another program made it, and it does not say what its numbers mean; make a dataset of it with "
             "`python -m so101.tools.edit convert` first"
         )
-    labels = load_labels(folder, len(dataset.episodes))
+    labels = load_labels(folder, dataset.observations)
     if labels is not None:
         labels.check([episode.observations for episode in dataset.episodes])
     return Source(dataset, labels)

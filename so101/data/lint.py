@@ -257,7 +257,7 @@ def lint(
     findings = [Finding("warning", "repaired", None, None, note) for note in dataset.notes]
     labels: Labels | None = None
     try:
-        labels = load_labels(dataset.folder, len(dataset.episodes))
+        labels = load_labels(dataset.folder, dataset.observations)
         if labels is not None:
             labels.check([episode.observations for episode in dataset.episodes])
     except DataError as error:
