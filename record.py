@@ -82,7 +82,8 @@ def unfinished(folder: Path) -> "Config | None":
 
 def config_path(folder: Path) -> Path:
     """Where the config of a recording lies, beside its dataset."""
-    return folder.with_name(f"{folder.name}.record.json")
+    labels = labels_path(folder)
+    return labels.with_name(labels.name.replace(".labels.json", ".record.json"))
 
 
 def main(config: Config) -> None:
@@ -157,6 +158,8 @@ def label_the_last(folder: Path, labels: Labels) -> Labels:
         label = EpisodeLabel(success_start=int(columns["next.reward"].argmax()) + 1)
     elif columns["next.done"][-1]:
         label = EpisodeLabel(all_fail=True)
+    if label is not None:
+        print(f"episode {last}: had no label; {label}, as it was recorded")
     return label_episode(folder, last, label)
 
 

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import threading
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from so101.errors import UserError
+from so101.errors import DataError, UserError
 
 
 def sync_folder(folder: Path) -> None:
@@ -31,6 +33,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace `path` so that a reader, or a crash at any instant, sees the old bytes or the new ones."""
     if isinstance(content, str):
         content = content.encode()
+    path = path.resolve() if path.is_symlink() else path  # what a link leads to is replaced, not the link
     aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")  # two at once must not share it
     try:
         with open(aside, "wb") as file:
@@ -43,6 +46,30 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             aside.unlink(missing_ok=True)  # on a full disk the half of it would keep the rest full
         raise OSError(error.errno, error.strerror, str(path)) from None
     sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that is whole or absent: fill the one that this yields; it gets its name when the block ends well.
+
+    Raises DataError where the name is taken, then or meanwhile.
+    """
+    taken = f"{folder}: exists already, and nothing is written over; name another"
+    if os.path.lexists(folder):
+        raise DataError(taken)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        sync_folder(aside)
+        try:
+            os.rename(aside, folder)
+        except OSError as error:
+            raise DataError(taken) if folder.exists() else error from None
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def read_json(path: Path, error: type[UserError], hint: str = "") -> dict[str, Any]:

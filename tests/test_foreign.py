@@ -305,6 +305,15 @@ def test_frames_kept_in_the_rows_as_pictures(foreign: Path) -> None:
         (lambda f: (f / "meta/info.json").write_text('{"codebase'), r"info\.json: no usable JSON"),
         (lambda f: edit_info(f, lambda info: info.pop("features")), r"info\.json: 'features' is missing"),
         (lambda f: edit_info(f, lambda info: info.update(fps=0)), r"fps is 0, must be a number of frames"),
+        (lambda f: edit_info(f, lambda info: info.update(fps=float("inf"))), r"fps is inf, must be"),
+        (lambda f: edit_info(f, lambda info: info.update(features=None)), r"features must be an object"),
+        (lambda f: edit_info(f, lambda info: info.update(data_path=None)), r"data_path is None, must be the pattern"),
+        (lambda f: edit_info(f, lambda info: info.update(video_path=None)), r"video_path is None, must be the pattern"),
+        (lambda f: edit_info(f, lambda info: info.update(chunks_size="x")), r"chunks_size is 'x', must be"),
+        (
+            lambda f: rewrite(f, lambda c: c.update({"action": pa.array(["left"] * len(c["index"]))})),
+            r"action: holds object, must hold numbers",
+        ),
         (lambda f: edit_info(f, lambda i: i["features"][KEY].update(shape=[48, 64])), r"a picture of shape \[48, 64\]"),
         (lambda f: rewrite(f, lambda columns: columns.pop("episode_index")), r"has no column episode_index"),
         (
@@ -317,7 +326,8 @@ def test_frames_kept_in_the_rows_as_pictures(foreign: Path) -> None:
         ),
     ],
     ids=[
-        "torn data", "no data", "no video", "torn video", "torn info", "no features", "no rate", "odd shape",
+        "torn data", "no data", "no video", "torn video", "torn info", "no features", "no rate", "endless rate",
+        "null features", "null data_path", "null video_path", "odd chunks", "words for actions", "odd shape",
         "no episode_index", "empty reward", "uneven actions",
     ],
 )  # fmt: skip
@@ -328,6 +338,40 @@ def test_what_cannot_be_repaired_is_refused_by_name(foreign: Path, damage, sente
         dataset = open_dataset(foreign)
         dataset.episodes[0].columns()
     assert digest(foreign) == before
+
+
+def test_columns_of_any_width_of_list_and_strange_ones_beside_them(foreign: Path) -> None:
+    def widen(columns):
+        columns["observation.state"] = pa.array(columns["observation.state"].to_pylist(), pa.large_list(pa.float64()))
+        columns["notes"] = pa.array(["ok"] * len(columns["action"]))
+        columns["ragged"] = pa.array([[1.0], [], [1.0, 2.0], None, [3.0]][: len(columns["action"])])
+
+    rewrite(foreign, widen)
+    check(
+        foreign,
+        [
+            "columns that are no whole table of numbers, left out: notes, ragged",
+            "columns that meta/info.json does not name: notes, ragged",
+        ],
+    )
+
+
+def test_stills_under_another_name_and_what_is_no_still(foreign: Path) -> None:
+    png = cv2.imencode(".png", np.full((*SIZE, 3), 77, np.uint8))[1].tobytes()
+
+    def rename(info):
+        info["features"] = {name: f for name, f in info["features"].items() if name != KEY}
+        info["features"]["observation.image"] = {"dtype": "image", "shape": [*SIZE, 3], "names": None}
+        del info["video_path"]
+
+    edit_info(foreign, rename)
+    rewrite(foreign, lambda c: c.update({"observation.image": pa.array([{"bytes": png}] * len(c["action"]))}))
+    episode = open_dataset(foreign).episodes[1]
+    assert episode.cameras == ["observation.image"] and episode.frame("observation.image", 4).mean() == 77
+    for strange in ([png], [{"bytes": b""}], [{"bytes": None}], [{"path": "x.png"}], [{"bytes": b"no picture"}]):
+        rewrite(foreign, lambda c, s=strange: c.update({"observation.image": pa.array(s * len(c["action"]))}))
+        with pytest.raises(DataError, match=r"observation\.image has a (row without a picture|picture that cannot)"):
+            open_dataset(foreign)
 
 
 def test_a_gap_in_the_numbers_is_refused(foreign: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from so101.data.label_import import import_labels
-from so101.data.labels import EpisodeLabel, Labels, labels_path
+from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path
 from so101.errors import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -553,6 +553,26 @@ def test_two_threads_that_save_at_once_do_not_mix(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failed and [path.name for path in tmp_path.iterdir()] == ["lift.labels.json"]
+
+
+def test_a_dataset_and_its_labels_may_be_reached_through_links(tmp_path: Path) -> None:
+    (tmp_path / "disk/demos").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/set").symlink_to(tmp_path / "disk/demos")
+    assert labels_path(tmp_path / "here/set") == (tmp_path / "disk/demos.labels.json").resolve()
+    (tmp_path / "kept.json").write_text('{"dataset": "demos", "episodes": {}}')
+    link = tmp_path / "disk/demos.labels.json"
+    link.symlink_to(tmp_path / "kept.json")
+    label_episode(tmp_path / "here/set", 3, EpisodeLabel(all_fail=True))
+    assert link.is_symlink() and Labels.load(tmp_path / "kept.json").episodes == {3: EpisodeLabel(all_fail=True)}
+
+
+def test_a_label_decided_on_an_older_one_is_refused(tmp_path: Path) -> None:
+    label_episode(tmp_path / "set", 0, EpisodeLabel(success_start=5))
+    with pytest.raises(DataError, match="was labelled from 5 elsewhere meanwhile"):
+        label_episode(tmp_path / "set", 0, EpisodeLabel(all_fail=True), None)
+    label_episode(tmp_path / "set", 0, EpisodeLabel(all_fail=True), EpisodeLabel(success_start=5))
+    assert Labels.load(labels_path(tmp_path / "set")).episodes[0].all_fail
 
 
 LABELLER = """

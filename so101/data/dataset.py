@@ -5,22 +5,24 @@ to be repaired on the way into memory is told in `Dataset.notes`, and what canno
 """
 
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 
 from so101.data import layout
 from so101.data.index import read_index
 from so101.data.video import VideoReader, read_frame
 from so101.errors import DataError
 from so101.files import parse_json, read_json
+
+KNOWN = {*layout.COLUMNS, *layout.PLACE}
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Closing:
 class Episode:
     """One recorded episode of `length` rows; its arrays are read from disk when asked for.
 
-    `data` is its parquet file, `videos` says for each camera in which file its frames are, and from which on. A
-    camera of `stills` has its frames in the rows instead, as PNG or JPEG. `alone`: no other episode is in `data`.
+    `data` is its parquet file, `videos` says for each camera in which file its frames are, and from which on; `room`,
+    where another episode's frames begin in that file, how many may be its own. A camera of `stills` has its frames in a
+    column of the rows instead, as PNG or JPEG. `alone`: no other episode is in `data`.
     """
 
     index: int
@@ -46,7 +49,8 @@ class Episode:
     fps: float
     data: Path
     videos: dict[str, tuple[Path, int]]
-    stills: tuple[str, ...] = ()
+    room: dict[str, int] = field(default_factory=dict)
+    stills: dict[str, str] = field(default_factory=dict)
     alone: bool = True
     closing_path: Path | None = None
 
@@ -61,14 +65,16 @@ class Episode:
         return self.length + (self.closing_path is not None)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Every column but the images, in row order: (T,) or (T, d) arrays.
+        """Every column of numbers but the images, in row order: (T,) or (T, d) arrays.
 
-        Where next.done is missing, the last row ends the episode. Raises DataError, naming the file, where it is
-        missing or damaged.
+        Where next.done is missing, the last row ends the episode. Columns that this program does not know are left out
+        where they are no whole table of numbers. Raises DataError, naming the file, where it is missing or damaged.
         """
-        skip = [layout.IMAGES + camera for camera in self.stills]
-        table = layout.read_rows(self.data, None if self.alone else self.index, skip)
-        columns = {name: layout.to_numpy(table[name], f"{self.data}: {name}") for name in table.column_names}
+        table = layout.read_rows(self.data, None if self.alone else self.index, self.stills.values())
+        columns = {}
+        for name in table.column_names:
+            with nullcontext() if name in KNOWN else suppress(DataError):
+                columns[name] = layout.to_numpy(table[name], f"{self.data}: {name}")
         columns.setdefault("next.done", np.arange(self.length) == self.length - 1)
         for name, kind in (("next.reward", np.float32), ("next.done", bool), ("next.truncated", bool)):
             if name in columns:
@@ -82,12 +88,12 @@ class Episode:
         too short.
         """
         if camera in self.stills:
-            yield from self._stills(camera)
+            yield from map(self._picture, repeat(camera), self._stills(camera))
             return
         path, start = self.videos[camera]
         count = 0
         with VideoReader(path, threads) as reader:
-            for frame in islice(reader.frames(start), self.length):
+            for frame in islice(reader.frames(start), min(self.length, self.room.get(camera, self.length))):
                 yield frame
                 count += 1
         if count < self.length:
@@ -111,8 +117,10 @@ class Episode:
             assert closing is not None  # it is counted in `observations`
             return closing.frames[camera]
         if camera in self.stills:
-            return next(islice(self._stills(camera), index, None))
+            return self._picture(camera, self._stills(camera)[index])
         path, start = self.videos[camera]
+        if index >= self.room.get(camera, self.length):
+            raise DataError(f"{path}: episode {self.index} has {self.length} rows, but only {self.room[camera]} frames")
         return read_frame(path, start + index)
 
     def closing(self) -> Closing | None:
@@ -126,16 +134,24 @@ class Episode:
             with open(self.closing_path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 frames = {camera: stored[layout.IMAGES + camera] for camera in self.videos}
                 return Closing(stored["observation.state"], frames, float(stored["capture_time"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # numpy's reader of a damaged file fails in any of ten ways
             raise DataError(f"{self.closing_path}: not a readable closing observation: {error}") from error
 
-    def _stills(self, camera: str) -> Iterator[np.ndarray]:
-        for still in layout.read_rows(self.data, None if self.alone else self.index)[layout.IMAGES + camera]:
-            encoded = still["bytes"].as_py()
-            frame = None if encoded is None else cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
-            if frame is None:
-                raise DataError(f"{self.data}: {layout.IMAGES}{camera} has a row without a readable picture")
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    def _stills(self, camera: str) -> pa.ChunkedArray:
+        return layout.read_rows(self.data, None if self.alone else self.index)[self.stills[camera]]
+
+    def _picture(self, camera: str, still: pa.Scalar) -> np.ndarray:
+        """One frame of a camera of `stills`, of its {"bytes": PNG or JPEG}."""
+        held = still.as_py()
+        encoded = held.get("bytes") if isinstance(held, dict) else None
+        if not isinstance(encoded, bytes) or not encoded:
+            raise DataError(
+                f"{self.data}: {self.stills[camera]} has a row without a picture, must hold PNG or JPEG bytes"
+            )
+        frame = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+        if frame is None:
+            raise DataError(f"{self.data}: {self.stills[camera]} has a picture that cannot be decoded")
+        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
 @dataclass(frozen=True)
@@ -180,6 +196,8 @@ def open_dataset(folder: Path | str) -> Dataset:
         if episode.data not in lengths:
             lengths[episode.data] = layout.episode_lengths(episode.data)
         _add(dataset, episode, row, lengths[episode.data])
+    if "so101" not in info:
+        _find_room(dataset)
     if len(rows) != info.get("total_episodes"):
         dataset.notes.append(f"{len(rows)} episodes, but meta/info.json says {info.get('total_episodes')}")
     if rows:
@@ -198,11 +216,29 @@ def _add(dataset: Dataset, episode: Episode, row: dict[str, Any], lengths: dict[
     if length != row.get("length"):
         dataset.notes.append(f"episode {index}: {length} rows, but the metadata says {row.get('length')}")
     alone = dataset.version.startswith("v2.") or set(lengths) == {index}
-    kept = Episode(
-        index, length, episode.task, episode.fps, episode.data, episode.videos, episode.stills, alone,
-        episode.closing_path,
-    )  # fmt: skip
-    dataset.episodes.append(kept)
+    dataset.episodes.append(replace(episode, length=length, alone=alone))
+
+
+def _find_room(dataset: Dataset) -> None:
+    """Where several episodes share a video: how many frames each may have before the next one's begin.
+
+    Not in sets of ours, where two episodes may be cut out of the same frames.
+    """
+    for camera in dataset.cameras:
+        starts: dict[Path, list[int]] = {}
+        for episode in dataset.episodes:
+            if camera in episode.videos:
+                path, first = episode.videos[camera]
+                starts.setdefault(path, []).append(first)
+        for episode in dataset.episodes:
+            path, first = episode.videos.get(camera, (episode.data, 0))
+            following = [start for start in starts.get(path, []) if start > first]
+            if following and (room := min(following) - first) != episode.length:
+                episode.room[camera] = room
+                dataset.notes.append(
+                    f"{path}: episode {episode.index} has {episode.length} rows and {room} frames"
+                    + ("; the first ones are taken" if room > episode.length else "")
+                )
 
 
 def _locate(dataset: Dataset, info: dict[str, Any], row: dict[str, Any]) -> Episode:
@@ -210,23 +246,24 @@ def _locate(dataset: Dataset, info: dict[str, Any], row: dict[str, Any]) -> Epis
     folder, index, videos = dataset.folder, row["episode_index"], {}
     keys = layout.pictures(dataset.features)
     for key in [key for key, feature in keys.items() if feature["dtype"] == "video"]:
-        first = round(row.get(f"videos/{key}/from_timestamp", 0.0) * dataset.fps)
+        first = round((row.get(f"videos/{key}/from_timestamp") or 0.0) * dataset.fps)
         videos[layout.camera_of(key)] = folder / _fill(info, "video_path", row, f"videos/{key}/", key), first
     closing = folder / info["closing_path"].format(episode_index=index) if "closing_path" in info else None
     for needed in [*(path for path, _ in videos.values()), *([closing] if closing else [])]:
         if not needed.is_file():
             raise DataError(f"{needed}: missing, though episode {index} is recorded; put it back")
-    stills = tuple(layout.camera_of(key) for key, feature in keys.items() if feature["dtype"] == "image")
-    task = (row.get("tasks") or [""])[0]
+    stills = {layout.camera_of(key): key for key, feature in keys.items() if feature["dtype"] == "image"}
+    tasks = row.get("tasks") or [""]
+    task = tasks if isinstance(tasks, str) else str(tasks[0])
     data = folder / _fill(info, "data_path", row, "data/")
-    return Episode(index, 0, task, dataset.fps, data, videos, stills, closing_path=closing)
+    return Episode(index, 0, task, dataset.fps, data, videos, stills=stills, closing_path=closing)
 
 
 def _fill(info: dict[str, Any], path: str, row: dict[str, Any], prefix: str, key: str = "") -> str:
     """One of info.json's patterns for an episode: v3.0 numbers chunk and file, v2.1 the episode."""
     if info["codebase_version"].startswith("v2."):
         index = row["episode_index"]
-        chunk = index // info.get("chunks_size", layout.CHUNK_FILES)
+        chunk = index // (info.get("chunks_size") or layout.CHUNK_FILES)
         return str(info[path].format(episode_chunk=chunk, episode_index=index, video_key=key))
     return str(info[path].format(video_key=key, **layout.address(row, prefix)))
 
@@ -240,6 +277,8 @@ def _check_first(dataset: Dataset) -> None:
     if "next.done" not in found:
         dataset.notes.append("no column next.done: the last row of an episode is taken for its end")
     declared = {name for name, feature in dataset.features.items() if feature["dtype"] != "video"}
+    if strange := sorted(found - set(first.columns()) - set(first.stills.values())):
+        dataset.notes.append(f"columns that are no whole table of numbers, left out: {', '.join(strange)}")
     if extra := sorted(found - declared - {"next.truncated"}):
         dataset.notes.append(f"columns that meta/info.json does not name: {', '.join(extra)}")
     if gone := sorted(declared - found - {"next.reward", "next.done"}):
@@ -261,13 +300,20 @@ def read_info(folder: Path) -> dict[str, Any]:
     for key in ("fps", "features", "data_path"):
         if key not in info:
             raise DataError(f"{path}: {key!r} is missing")
-    if not (isinstance(info["fps"], int | float) and info["fps"] > 0):
+    if not (type(info["fps"]) in (int, float) and 0 < info["fps"] < 10_000):
         raise DataError(f"{path}: fps is {info['fps']!r}, must be a number of frames a second")
+    if not isinstance(info["features"], dict):
+        raise DataError(f"{path}: features must be an object, each value with a dtype and a shape")
     for name, feature in info["features"].items():
         if not isinstance(feature, dict) or not {"dtype", "shape"} <= set(feature):
             raise DataError(f"{path}: feature {name!r} must have a dtype and a shape")
-    if layout.pictures(info["features"]) and "video_path" not in info:
-        raise DataError(f"{path}: 'video_path' is missing")
+    filmed = any(feature["dtype"] == "video" for feature in info["features"].values())
+    for key in ["data_path"] + ["video_path"] * filmed:
+        if not isinstance(info.get(key), str):
+            raise DataError(f"{path}: {key} is {info.get(key)!r}, must be the pattern of the files' names")
+    size = info.get("chunks_size") or layout.CHUNK_FILES
+    if type(size) is not int or size < 0:
+        raise DataError(f"{path}: chunks_size is {size!r}, must be a whole number of files")
     return info
 
 
@@ -299,6 +345,8 @@ def _v21_rows(dataset: Dataset, info: dict[str, Any]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line)
+            if type(row["episode_index"]) is not int:
+                raise ValueError
             rows[row["episode_index"]] = row
         except (ValueError, TypeError, KeyError):
             if line.strip():

@@ -190,20 +190,29 @@ def load_labels(dataset_folder: Path | str, observations: Sequence[int]) -> Labe
     return labels
 
 
-def label_episode(dataset_folder: Path, episode: int, label: EpisodeLabel | None) -> Labels:
-    """Change one label in the file as it is now, where label.py may have changed others; all that it then holds."""
+def label_episode(dataset_folder: Path, episode: int, label: EpisodeLabel | None, *seen: EpisodeLabel | None) -> Labels:
+    """Change one label in the file as it is now, where label.py may have changed others; all that it then holds.
+
+    `seen`: the label that the change was decided upon. Raises DataError where it is another by now.
+    """
     path = labels_path(dataset_folder)
     with alone_in(path.parent):
         labels = Labels.load(path) if path.exists() else Labels(path.name.removesuffix(".labels.json"))
+        now = labels.episodes.get(episode)
+        if seen and now != seen[0]:
+            raise DataError(
+                f"episode {episode}: was labelled {now or 'not at all'} elsewhere meanwhile, and that is kept; look at "
+                f"it, and say yours again if it is right"
+            )
         labels.set(episode, label)
         labels.save(path)
     return labels
 
 
 def labels_path(dataset_folder: Path | str) -> Path:
-    """Where the labels of a dataset lie: `<folder>.labels.json`, beside it."""
+    """Where the labels of a dataset lie: `<folder>.labels.json`, beside it, by whatever link it was reached."""
     folder = Path(dataset_folder)
-    folder = folder.resolve() if folder.name in ("", "..") else folder
+    folder = folder.resolve() if folder.name in ("", "..") or folder.is_symlink() else folder
     return folder.with_name(f"{folder.name}.labels.json")
 
 

@@ -16,6 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, cast
 
+os.environ.setdefault("SVT_LOG", "1")  # errors only; SVT-AV1 tells its whole life otherwise, over a progress bar
+
 import cv2  # noqa: F401  # isort: skip  before av: the other way round cv2's windows hang on Linux
 import av  # isort: skip
 import numpy as np
@@ -90,7 +92,7 @@ class VideoWriter:
             self._places.put(None)
         rate = Fraction(fps).limit_denominator(1001)
         try:
-            self._container = av.open(str(path), "w", format="mp4")
+            self._container = av.open(str(path.absolute()), "w", format="mp4")  # a relative take:3 were a protocol
             self._stream = cast(av.VideoStream, self._container.add_stream(CODECS[codec][0], rate=rate))
             self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, PIXEL_FORMAT
             context = self._stream.codec_context
@@ -188,10 +190,10 @@ class VideoReader:
     def __init__(self, path: Path, threads: int = 0) -> None:
         self.path = path
         with self._naming():
-            self._container = av.open(str(path))
+            self._container = av.open(str(path.absolute()))
             self._stream = self._container.streams.video[0]
-        self._stream.thread_type, self._stream.codec_context.thread_count = "AUTO", threads
-        self._decoded: Iterator[av.VideoFrame] = self._container.decode(self._stream)
+            self._stream.thread_type, self._stream.codec_context.thread_count = "AUTO", threads
+            self._decoded: Iterator[av.VideoFrame] = self._container.decode(self._stream)
         self._next = 0  # the number of the frame that `_decoded` gives next
         self._converter = av.video.reformatter.VideoReformatter()
 
@@ -271,7 +273,8 @@ class VideoReader:
     def _naming(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, av.error.FFmpegError, IndexError, StopIteration) as error:
+        except (OSError, av.error.FFmpegError, IndexError, StopIteration, ValueError, AttributeError) as error:
+            # the last two: names that are no text, a stream that is none
             raise DataError(f"{self.path}: not a readable video: {error}") from error
 
 
@@ -304,7 +307,7 @@ def count_frames(path: Path) -> int:
     Raises DataError, naming the file, where it is missing or damaged.
     """
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path.absolute())) as container:
             return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
-    except (OSError, av.error.FFmpegError, IndexError) as error:
+    except (OSError, av.error.FFmpegError, IndexError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a readable video: {error}") from error

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from so101.data import index, layout
 from so101.data.dataset import Closing, episode_rows, open_dataset, read_info
@@ -31,7 +30,7 @@ from so101.data.stats import (
 )
 from so101.data.video import Codec, VideoWriter, read_frame
 from so101.errors import DataError, EpisodeAborted, UserError
-from so101.files import sync_file, sync_folder, write_atomic
+from so101.files import new_folder, sync_file, sync_folder, write_atomic
 from so101.schema import ACTION, STATE, require_same
 from so101.signals import signals_held
 
@@ -148,6 +147,11 @@ class DatasetWriter:
             "capture_time": float(capture_time),
         }
         self._check_frames(frames)
+        if self._take is None and (free := shutil.disk_usage(self.folder).free) < LEAST_FREE:
+            raise UserError(
+                f"{self.folder}: the disk has only {free / 1e6:.0f} MB left, {LEAST_FREE / 1e6:.0f} MB are kept free; "
+                f"no episode was begun. Make room, and resume"
+            )
         with self._failing():
             take = self._take = self._take or self._new_take()
             for camera, frame in frames.items():
@@ -216,7 +220,7 @@ class DatasetWriter:
             return _Video(None, self._brought[known], first, histograms)
         staged = self.folder / ".staging" / f"episode_{self.episodes:06d}.{camera}.mp4"
         try:
-            os.link(path, staged)
+            os.link(path.resolve(), staged)  # what a symbolic link leads to
         except OSError:  # another disk, or one that knows no links
             shutil.copyfile(path, staged)
         self._brought[known] = layout.place_of(self.episodes)
@@ -283,8 +287,6 @@ class DatasetWriter:
         require_same(found.schema, json.loads(json.dumps(schema)), str(self.folder))
 
     def _new_take(self) -> _Take:
-        if (free := shutil.disk_usage(self.folder).free) < LEAST_FREE:
-            raise UserError(f"the disk has only {free / 1e6:.0f} MB left, {LEAST_FREE / 1e6:.0f} MB are kept free")
         staging = self.folder / ".staging"
         staging.mkdir(exist_ok=True)
         take = self._take = _Take()  # known before an encoder starts, so that a failure stops those that run
@@ -338,7 +340,7 @@ class DatasetWriter:
                 place = layout.VIDEO_PATH.format(video_key=layout.IMAGES + camera, **video.at)
                 moves.append((video.staged, place))
         moves.append((stage.with_suffix(".parquet"), layout.DATA_PATH.format(**at)))
-        pq.write_table(layout.data_table(columns), moves[-1][0], compression="snappy")
+        layout.write_parquet(moves[-1][0], layout.data_table(columns))
         moves.append((stage.with_suffix(".npz"), layout.CLOSING_PATH.format(episode_index=index)))
         np.savez_compressed(moves[-1][0], **closing)
         moves.append((stage.with_suffix(".meta.parquet"), layout.EPISODES_PATH.format(**at)))
@@ -346,7 +348,7 @@ class DatasetWriter:
         flat = {f"stats/{name}/{key}": value.tolist() for name, s in stats.items() for key, value in s.items()}
         table = layout.episode_table(row | flat)
         # Without pyarrow's own copy of the schema the file is 28 kB instead of 67.
-        pq.write_table(table, moves[-1][0], use_dictionary=False, write_statistics=False, store_schema=False)
+        layout.write_parquet(moves[-1][0], table, use_dictionary=False, write_statistics=False, store_schema=False)
         for staged, _ in moves:
             sync_file(staged)
         for staged, place in moves:
@@ -396,7 +398,8 @@ class DatasetWriter:
             return []
         leftovers = self.folder / ".leftovers"
         leftovers.mkdir(exist_ok=True)
-        aside = leftovers / f"{len(list(leftovers.iterdir())):03d}"
+        numbers = [int(path.name) for path in leftovers.iterdir() if path.name.isdecimal()]
+        aside = leftovers / f"{max(numbers, default=-1) + 1:03d}"
         names = sorted(str(path.relative_to(self.folder)) for path in strays)
         for name in names:
             _move(self.folder / name, aside / name, self.folder)
@@ -416,12 +419,11 @@ class DatasetWriter:
 
 
 def _make(folder: Path, info: dict[str, Any]) -> None:
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.new")  # renamed when whole, as files are
-    (aside / "meta").mkdir(parents=True)
-    write_atomic(aside / "meta" / "info.json", _json(info))
-    sync_folder(aside)  # or a power cut could leave the folder without its meta
-    os.rename(aside, folder)
-    sync_folder(folder.parent)
+    if around := next((up for up in folder.resolve().parents if (up / "meta" / "info.json").is_file()), None):
+        raise DataError(f"{folder}: lies inside the dataset {around}, which only its own recording may add to")
+    with new_folder(folder) as aside:
+        (aside / "meta").mkdir()
+        write_atomic(aside / "meta" / "info.json", _json(info))
 
 
 def _vector(values: np.ndarray, names: tuple[str, ...], where: str) -> np.ndarray:
