@@ -1,5 +1,10 @@
 """Random shift against slicing a padded image, and colour jitter against hand-worked pixels."""
 
+import cmath
+import colorsys
+import math
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -43,13 +48,17 @@ def test_random_shift_depends_on_its_generator_only():
 
 def test_no_jitter_changes_nothing():
     batch = images(3, 2, 8, 8, 3)
-    assert torch.equal(color_jitter(batch, torch.Generator(), 0.0, 0.0, 0.0), batch)
+    assert torch.equal(color_jitter(batch, torch.Generator(), 0.0, 0.0, 0.0, 0.0, 0.0), batch)
 
 
-def factor(strength, index, seed=0):
-    """The factor that the first image draws: a uniform number spread over [1 - strength, 1 + strength]."""
-    draw = torch.rand(1, 3, generator=torch.Generator().manual_seed(seed))[0, index].item()
-    return 1 - strength + 2 * strength * draw
+def drawn(index, seed=0):
+    """What the first image draws of brightness, contrast, saturation, hue, sharpness: uniform in [-1, 1]."""
+    return 2 * torch.rand(1, 5, generator=torch.Generator().manual_seed(seed))[0, index].item() - 1
+
+
+def factor(strength, index):
+    """The same, spread over [1 - strength, 1 + strength]."""
+    return 1 + strength * drawn(index)
 
 
 def test_jitter_by_hand():
@@ -81,3 +90,39 @@ def test_jitter_clips_instead_of_wrapping_and_differs_by_image():
 def test_a_grey_image_keeps_its_colour_under_saturation():
     grey = torch.arange(48, dtype=torch.uint8).reshape(1, 4, 12, 1).expand(1, 4, 12, 3)
     assert torch.equal(color_jitter(grey, torch.Generator().manual_seed(0), 0.0, 0.0, 0.9), grey)
+
+
+def test_hue_turns_the_colour_and_leaves_luma_and_grey():
+    """Against the standard library's YIQ, whose coefficients are rounded otherwise: hence 4 levels."""
+    colours = torch.tensor([[200, 120, 90], [60, 110, 170], [90, 140, 80], [130, 130, 130]], dtype=torch.uint8)
+    turned = color_jitter(colours.view(1, 1, 4, 3), torch.Generator().manual_seed(0), 0, 0, 0, hue=0.1)[0, 0]
+    angle = 2 * math.pi * 0.1 * drawn(3)
+    assert abs(angle) > 0.1  # or there would be nothing to see
+    for before, after in zip(colours.tolist(), turned.tolist(), strict=True):
+        y, i, q = colorsys.rgb_to_yiq(*(v / 255 for v in before))
+        chroma = complex(i, q) * cmath.exp(1j * angle)
+        expected = [255 * v for v in colorsys.yiq_to_rgb(y, chroma.real, chroma.imag)]
+        np.testing.assert_allclose(after, expected, atol=4)
+        luma = [np.dot(rgb, (0.299, 0.587, 0.114)) for rgb in (before, after)]
+        assert luma[0] == pytest.approx(luma[1], abs=0.6)  # rounding
+    assert turned[3].tolist() == [130, 130, 130] and (turned[0].int() - colours[0].int()).abs().max() > 3
+
+
+def test_sharpness_moves_each_pixel_away_from_the_smoothed_image():
+    batch = images(20, 12, 10, 3) // 2 + 60  # far from 0 and 255
+    changed = color_jitter(batch, torch.Generator().manual_seed(3), 0, 0, 0, sharpness=1.0)
+    draws = 2 * torch.rand(20, 5, generator=torch.Generator().manual_seed(3))[:, 4] - 1
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    for image, after, draw in zip(batch.numpy(), changed.numpy(), draws.tolist(), strict=True):
+        smoothed = cv2.filter2D(image.astype(np.float64), -1, kernel)
+        expected = smoothed + 2**draw * (image - smoothed)  # 1/2 .. 2
+        expected[[0, -1]], expected[:, [0, -1]] = image[[0, -1]], image[:, [0, -1]]
+        np.testing.assert_allclose(after, expected.clip(0, 255), atol=0.51)
+    assert (changed[draws > 0.5].float().std() > batch.float().std()) and 0 < (draws > 0).sum() < 20
+
+
+def test_jitter_does_all_of_it_at_once_and_stays_an_image():
+    batch = images(4, 2, 16, 16, 3)
+    jittered = color_jitter(batch, torch.Generator().manual_seed(0), 0.6, 0.3, 0.5, 0.1, 1.0)
+    assert jittered.shape == batch.shape and jittered.dtype == torch.uint8
+    assert not torch.equal(jittered[0, 0], jittered[0, 1]) and (jittered != batch).float().mean() > 0.8

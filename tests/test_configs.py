@@ -11,6 +11,7 @@ import train_reward
 import train_sac
 from so101.config import ConfigError, load, parse
 from so101.env import EnvConfig
+from so101.learn.reward import RewardConfig
 from so101.rig import ArmConfig, RigConfig, describe_task
 from so101.robot.camera import CameraConfig
 from so101.schema import Preprocess
@@ -27,6 +28,8 @@ MEANING = {
     "record_negative": record.Config,
     "record_positive": record.Config,
     "reward": train_reward.Config,
+    "reward_v2": RewardConfig,
+    "reward_v5": RewardConfig,
     "rig": RigConfig,
     "sim_demos_only": train_sac.Config,
     "train": train_sac.Config,

@@ -1,13 +1,17 @@
 """The success classifier: hand-worked votes and thresholds, an honest split, the whole on a toy problem."""
 
+import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from so101 import config as settings
 from so101.errors import ConfigError, DataError
+from so101.learn import reward_training
 from so101.learn.networks import images_to_input
 from so101.learn.resnet10 import load_resnet10, trunk_hash
 from so101.learn.reward import (
@@ -23,10 +27,16 @@ from so101.learn.reward_training import (
     balanced_loss,
     choose_threshold,
     encode_views,
+    episode_scores,
     fit_guard,
     frame_scores,
+    hard_examples,
+    judge_frames,
+    precision_recall,
+    runs,
     split_episodes,
     train_classifier,
+    training_frames,
 )
 from so101.schema import OPENING, TOOL_Z, Preprocess, describe
 
@@ -188,13 +198,15 @@ def test_the_threshold_is_the_middle_of_what_gives_no_false_and_no_missed_succes
     failure, success = judge([0.3] * 8, episode=4), judge([0.1] * 4 + [0.9] * 4, start=4, episode=7)
     choice = choose_threshold([failure, success])
     assert choice["threshold_range"] == pytest.approx([0.3, 0.9]) and choice["threshold"] == pytest.approx(0.6)
-    assert choice["admissible"] and choice["problems"] == [] and choice["f_half"] == 1.0
+    scores = episode_scores([failure, success], choice["threshold"])
+    assert scores == {"f_half": 1.0, "false_episodes": 0, "missed_episodes": 0, "admissible": True, "problems": []}
     assert success.outcome(choice["threshold"]) == {
         "episode": 7,
         "success_start": 4,
         "first_fired": 6,  # the third frame of the success
         "delay_frames": 2,
-        "false_successes": 0,
+        "false_successes": [],
+        "false_positive_runs": [],
     }
 
 
@@ -204,18 +216,33 @@ def test_where_no_threshold_is_right_a_missed_success_is_preferred_to_a_false_on
     successes = [judge([0.0] * 4 + [p] * 4, start=4, episode=i + 2) for i, p in enumerate((0.95, 0.9, 0.5))]
     choice = choose_threshold([failure, *successes])
     # below 0.5: F0.5 = 1.25*3 / (3.75 + 0 + 1) = 0.789; in 0.8 .. 0.9: 2.5 / (2.5 + 0.25) = 0.909
-    assert choice["threshold_range"] == pytest.approx([0.8, 0.9]) and choice["f_half"] == pytest.approx(2.5 / 2.75)
-    assert not choice["admissible"] and choice["problems"] == ["episode 4: success not found"]
+    scores = episode_scores([failure, *successes], choice["threshold"])
+    assert choice["threshold_range"] == pytest.approx([0.8, 0.9]) and scores["f_half"] == pytest.approx(2.5 / 2.75)
+    assert not scores["admissible"] and scores["problems"] == ["episode 4: success not found"]
     assert successes[2].outcome(choice["threshold"])["first_fired"] is None
-    assert failure.outcome(0.7)["false_successes"] == 2 and failure.outcome(0.85)["false_successes"] == 0
+    low, high = failure.outcome(0.7), failure.outcome(0.85)
+    assert low["false_successes"] == [[2, 3], [6, 8]] and high["false_successes"] == []  # of the vote of three
+    assert low["false_positive_runs"] == [[0, 3], [4, 8]] and high["false_positive_runs"] == []
 
 
 def test_a_success_seen_before_it_happened_is_a_false_one():
     early = judge([0.0, 0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.8, 0.8, 0.8, 0.8], start=7, episode=3)
     choice = choose_threshold([early, judge([0.1] * 8)])
-    assert choice["threshold"] > 0.9 and choice["problems"] == ["episode 3: success not found"]
+    scores = episode_scores([early, judge([0.1] * 8)], choice["threshold"])
+    assert choice["threshold"] > 0.9 and scores["problems"] == ["episode 3: success not found"]
     outcome = early.outcome(0.5)
-    assert (outcome["first_fired"], outcome["delay_frames"], outcome["false_successes"]) == (3, -4, 1)
+    assert (outcome["first_fired"], outcome["delay_frames"], outcome["false_successes"]) == (3, -4, [[3, 4]])
+    assert outcome["false_positive_runs"] == [[1, 4]]  # the first two frames of the success are no false ones
+
+
+def test_without_a_success_to_find_there_is_no_f_half_but_there_are_false_ones():
+    scores = episode_scores([judge([0.9] * 5), judge([0.1] * 5)], 0.5)
+    assert scores["f_half"] is None and (scores["false_episodes"], scores["missed_episodes"]) == (1, 0)
+
+
+def test_runs_by_hand():
+    assert runs(np.array([1, 1, 0, 0, 1, 0, 1], bool)) == [[0, 2], [4, 5], [6, 7]]
+    assert runs(np.zeros(3, bool)) == [] and runs(np.zeros(0, bool)) == [] and runs(np.ones(3, bool)) == [[0, 3]]
 
 
 def test_frame_scores_and_balanced_loss_by_hand():
@@ -230,6 +257,46 @@ def test_frame_scores_and_balanced_loss_by_hand():
     # one success at 1/2, three others at 3/4 and one at 0: (ln 2 + (3 ln 4) / 3 ) / 2
     halves = balanced_loss(np.array([0.5, 0.75, 0.75, 0.75]), np.array([True, False, False, False]))
     assert halves == pytest.approx((np.log(2) + np.log(4)) / 2)
+
+
+def test_precision_and_recall_by_hand():
+    """Ranked 0.9 yes, 0.8 no, 0.7 yes and no, 0.2 yes: the two at 0.7 are one point."""
+    probabilities, labels = np.array([0.7, 0.9, 0.2, 0.8, 0.7]), np.array([True, True, True, False, False])
+    found = precision_recall(probabilities, labels)
+    assert [tuple(point.values()) for point in found["curve"]] == [
+        (0.9, 1.0, 0.3333), (0.8, 0.5, 0.3333), (0.7, 0.5, 0.6667), (0.2, 0.6, 1.0),
+    ]  # fmt: skip
+    assert found["average_precision"] == pytest.approx(1 / 3 * 1 + 1 / 3 * 0.5 + 1 / 3 * 0.6)
+    assert precision_recall(probabilities, np.zeros(5, bool)) == {"average_precision": None, "curve": []}
+    many = np.random.default_rng(0).random(5000)
+    assert len(precision_recall(many, many > 0.3)["curve"]) == 100
+    assert precision_recall(many, many > 0.3)["average_precision"] == pytest.approx(1.0)
+
+
+def test_hard_examples_are_named_as_label_py_names_them():
+    probabilities = np.array([0.1, 0.6, 0.9, 0.95, 0.3, 0.45, 0.99])
+    labels = np.array([False, False, False, True, True, True, False])
+    hard = hard_examples(probabilities, labels, np.array([7, 7, 7, 7, 9, 9, 9]), 0.5)
+    assert [tuple(e.values()) for e in hard["false_positives"]] == [(9, 2, 0.99), (7, 2, 0.9), (7, 1, 0.6)]
+    assert [tuple(e.values()) for e in hard["misses"]] == [(9, 0, 0.3), (9, 1, 0.45)]
+    many = hard_examples(np.linspace(0.6, 0.9, 50), np.zeros(50, bool), np.zeros(50, int), 0.5)
+    assert [e["frame"] for e in many["false_positives"]] == list(range(49, 37, -1))
+
+
+def test_another_dataset_is_judged_at_the_threshold_that_was_stored():
+    probabilities, ids = np.array([0.9, 0.9, 0.9, 0.2, 0.65, 0.65]), np.array([0, 0, 0, 1, 1, 1])
+    labels = np.array([False, False, False, False, True, True])
+    states = np.stack([state()] * 6)
+    once = RewardConfig(consecutive=1, tolerance_frames=0)
+    report = judge_frames(probabilities, labels, ids, states, None, once, 0.7)
+    assert (report["threshold"], report["false_episodes"], report["missed_episodes"]) == (
+        0.7,
+        1,
+        1,
+    ) and "threshold_range" not in report
+    guarded = judge_frames(probabilities, labels, ids, states, StateGuard((0.2, 0.3), (0, 1)), once, 0.6)
+    assert (guarded["false_episodes"], guarded["missed_episodes"]) == (0, 1)  # the guard forbids all of it
+    assert guarded["at_threshold"]["accuracy"] == pytest.approx(3 / 6)  # frames are the classifier's alone
 
 
 # ---- training
@@ -248,20 +315,20 @@ def toy(frames=12, episodes=16, seed=0, noise=1.0):
     return features.half(), labels, episode_ids, states
 
 
-QUICK = RewardConfig(steps=60, evaluate_every=10, views=1, held_out=0.25, batch_size=32, lr=1e-3)
+QUICK = RewardConfig(steps=30, evaluate_every=5, views=1, held_out=0.25, batch_size=32, lr=1e-3)
 
 
 def test_a_separable_problem_is_learned_and_reported_episode_by_episode():
     features, labels, episode_ids, states = toy()
     done = []
-    detector, report = train_classifier(features, labels, episode_ids, states, QUICK, done.append)
+    detector, final, report = train_classifier(features, labels, episode_ids, states, QUICK, done.append)
     assert report["at_threshold"]["accuracy"] > 0.95 and report["admissible"] and report["problems"] == []
     assert not set(report["episodes"]["train"]) & set(report["episodes"]["held_out"])
     assert sorted(report["episodes"]["train"] + report["episodes"]["held_out"]) == list(range(100, 116))
     assert report["frames"] == {"train": 144, "held_out": 48, "successes": 48}
     assert [e["episode"] for e in report["held_out"]] == report["episodes"]["held_out"]
     for episode in report["held_out"]:
-        expected = (6, 8, 2, 0) if episode["episode"] % 2 == 0 else (None, None, None, 0)
+        expected = (6, 8, 2, [], []) if episode["episode"] % 2 == 0 else (None, None, None, [], [])
         assert tuple(episode.values())[1:] == expected
     assert done == list(range(1, len(done) + 1)) and report["losses"]["step"][-1] == len(done)
     best = report["losses"]["step"].index(report["losses"]["best_step"])
@@ -272,20 +339,90 @@ def test_a_separable_problem_is_learned_and_reported_episode_by_episode():
     held = np.isin(episode_ids, report["episodes"]["held_out"])
     kept = balanced_loss(detector.classifier.probabilities(features[torch.from_numpy(held), 0]), labels[held])
     assert kept == pytest.approx(min(report["losses"]["held_out"]), rel=1e-5)
+    # and the last are kept beside them, with a threshold of their own
+    last = balanced_loss(final.classifier.probabilities(features[torch.from_numpy(held), 0]), labels[held])
+    assert last == pytest.approx(report["losses"]["held_out"][-1], rel=1e-5)
+    assert final.threshold == report["final"]["threshold"] and final.guard == detector.guard
+    assert 0.99 < report["average_precision"] <= 1.0 and report["hard"] == {"false_positives": [], "misses": []}
+
+
+def scripted_losses(monkeypatch, held_out, **changed):
+    """A training whose looks at the held-out episodes find these losses, and then the last one for ever."""
+    told = itertools.chain(held_out, itertools.repeat(held_out[-1]))
+    monkeypatch.setattr(reward_training, "balanced_loss", lambda *_: next(told))
+    features, labels, episode_ids, states = toy(frames=4, episodes=4)
+    config = RewardConfig(views=1, batch_size=4, held_out=0.5, **{"steps": 30, "evaluate_every": 1, **changed})
+    return train_classifier(features, labels, episode_ids, states, config).report["losses"]
+
+
+def test_training_stops_after_so_many_looks_without_a_lower_loss(monkeypatch):
+    # The second look is the last that lowers it by 0.001; three later ones are lower still, by too little.
+    losses = scripted_losses(monkeypatch, [1.0, 0.5, 0.4995, 0.4993, 0.4994, 0.3], patience=3, min_delta=0.001)
+    assert losses["step"] == [1, 2, 3, 4, 5] and losses["best_step"] == 4  # the lowest is kept all the same
+    losses = scripted_losses(monkeypatch, [1.0, 0.5, 0.4995, 0.4993, 0.4994, 0.3], patience=3, min_delta=0.0)
+    assert losses["step"] == list(range(1, 10)) and losses["best_step"] == 6
+    assert scripted_losses(monkeypatch, [1.0], patience=9, steps=5, evaluate_every=2)["step"] == [2, 4, 5]
+
+
+def test_a_look_an_epoch_is_as_many_steps_as_the_training_frames_fill_batches(monkeypatch):
+    # 4 episodes of 4 frames, half of them held out: 8 training frames, batches of 4
+    assert scripted_losses(monkeypatch, [1.0], evaluate_every=0, patience=3)["step"] == [2, 4, 6, 8]
+
+
+def test_a_long_gradient_is_cut():
+    """Adam divides the gradient's length out again, but for its epsilon of 1e-8: cut to 1e-9 it barely moves."""
+    data, start = toy(frames=4, episodes=4), classifier(seed=0).mlp[0].weight
+    for norm, moved in ((1e-9, False), (0.0, True)):
+        config = RewardConfig(views=1, steps=3, weight_decay=0.0, max_grad_norm=norm, lr=1e-3)
+        weight = train_classifier(*data, config).final.classifier.mlp[0].weight
+        assert ((weight - start).abs().max().item() > 1e-3) is moved
+
+
+def test_a_success_that_only_the_second_camera_shows_is_learned():
+    features, labels, episode_ids, states = toy(frames=6, episodes=8)
+    both = torch.cat([torch.randn_like(features[:, :, :1]), features], dim=2)
+    quick = RewardConfig(steps=16, evaluate_every=4, views=1, held_out=0.25, batch_size=16, lr=1e-3)
+    assert train_classifier(both, labels, episode_ids, states, quick).report["at_threshold"]["accuracy"] > 0.9
+
+
+def test_held_out_frames_have_no_copies():
+    trunk = load_resnet10(None)
+    images = torch.randint(0, 256, (5, 2, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    copied, told = np.array([True, False, True, True, False]), []
+    stored = encode_views(trunk, images, RewardConfig(views=2), torch.Generator(), told.append, copied)
+    assert (stored[copied] != 0).flatten(2).any(dim=2).all() and not stored[~copied, 1:].any()
+    assert told == [5, 8, 11]  # views
+    alone = encode_views(trunk, images, RewardConfig(views=0), torch.Generator())
+    assert torch.equal(alone[:, 0], stored[:, 0]) and alone.shape[1] == 1
+
+
+def test_each_batch_is_half_successes_of_training_episodes_only():
+    features, labels, episode_ids, states = toy(frames=6, episodes=8)
+    config, drawn = RewardConfig(steps=9, views=1, batch_size=8, held_out=0.25), []
+
+    def draw(frames):
+        drawn.append(frames)
+        return features[torch.from_numpy(frames), 0]
+
+    report = train_classifier(features, labels, episode_ids, states, config, draw=draw).report
+    assert [labels[frames].sum() for frames in drawn] == [4] * 9
+    assert set(episode_ids[np.concatenate(drawn)]) <= set(report["episodes"]["train"])
+    chosen = training_frames(labels, episode_ids, config)
+    assert sorted(set(episode_ids[chosen])) == report["episodes"]["train"]
 
 
 def test_held_out_frames_never_touch_the_training():
     """Change everything about the held-out episodes' copies: the weights after one step stay the same."""
     features, labels, episode_ids, states = toy(frames=6, episodes=8)
     one_step = RewardConfig(steps=1, views=1, held_out=0.25)
-    detector, report = train_classifier(features, labels, episode_ids, states, one_step)
+    detector, _, report = train_classifier(features, labels, episode_ids, states, one_step)
     changed = features.clone()
     changed[np.isin(episode_ids, report["episodes"]["held_out"])] = 7.0
-    again, _ = train_classifier(changed, labels, episode_ids, states, one_step)
+    again, _, _ = train_classifier(changed, labels, episode_ids, states, one_step)
     for name, tensor in detector.classifier.state_dict().items():
         assert torch.equal(tensor, again.classifier.state_dict()[name]), name
     changed[np.isin(episode_ids, report["episodes"]["train"])] += 1.0
-    other, _ = train_classifier(changed, labels, episode_ids, states, one_step)
+    other, _, _ = train_classifier(changed, labels, episode_ids, states, one_step)
     assert not torch.equal(other.classifier.mlp[0].weight, detector.classifier.mlp[0].weight)
 
 
@@ -303,7 +440,7 @@ def test_pure_noise_is_not_called_a_success():
     features, labels, episode_ids, states = toy(noise=1.0)
     noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(9)).half()
     no_guard = RewardConfig(steps=20, views=1, held_out=0.25, batch_size=16, guard=False)
-    _, report = train_classifier(noise, labels, episode_ids, states, no_guard)
+    _, _, report = train_classifier(noise, labels, episode_ids, states, no_guard)
     assert report["losses"]["held_out"][-1] > 0.6  # ln 2 = 0.69 is knowing nothing
     assert not report["admissible"] and report["problems"]
 
@@ -323,6 +460,19 @@ def test_frames_that_are_all_successes_are_refused():
 def test_settings_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(ConfigError, match=f"^{field}: got {re.escape(str(value))}, must"):
         RewardConfig(**{field: value})
+
+
+def test_the_recipes_of_the_author_s_documents():
+    """Devlogs 065 and 084 (field record, section 3); used as `reward=configs/reward_v2.json`."""
+    configs = Path(__file__).parent.parent / "configs"
+    v2 = settings.load(RewardConfig, configs / "reward_v2.json")
+    assert (v2.batch_size, v2.lr, v2.dropout, v2.weight_decay, v2.steps) == (32, 1e-4, 0.2, 0.01, 3000)
+    assert v2.patience * v2.evaluate_every >= v2.steps  # it knew no early stop
+    v5 = settings.load(RewardConfig, configs / "reward_v5.json")
+    assert (v5.batch_size, v5.lr, v5.dropout, v5.weight_decay, v5.steps) == (64, 3e-4, 0.3, 0.02, 5000)
+    assert (v5.evaluate_every, v5.patience, v5.min_delta, v5.max_grad_norm) == (0, 10, 0.001, 1.0)
+    assert (v5.held_out, v5.seed) == (0.15, 42)
+    assert (v5.brightness, v5.contrast, v5.saturation, v5.hue, v5.sharpness) == (0.6, 0.3, 0.5, 0.1, 1.0)
 
 
 # ---- files

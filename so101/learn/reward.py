@@ -27,16 +27,20 @@ class RewardConfig:
 
     views: int = option(3, "shifted and colour-jittered copies of each training frame, besides the plain one")
     pad: int = option(4, "largest shift of a copy, in pixels of the network's image")
-    brightness: float = option(0.4, "brightness of a copy: a factor between 1 - this and 1 + this")
-    contrast: float = option(0.4, "contrast of a copy, likewise")
-    saturation: float = option(0.4, "saturation of a copy, likewise")
+    brightness: float = option(0.6, "brightness of a copy: a factor between 1 - this and 1 + this")
+    contrast: float = option(0.3, "contrast of a copy, likewise")
+    saturation: float = option(0.5, "saturation of a copy, likewise")
+    hue: float = option(0.1, "hue of a copy: turned by up to this share of a whole turn either way")
+    sharpness: float = option(1.0, "sharpness of a copy: a factor between 1 / (1 + this) and 1 + this")
     held_out: float = option(0.2, "share of the episodes kept from training, to choose the threshold on")
     steps: int = option(1000, "gradient steps at most")
-    patience: int = option(300, "stop after so many steps without a lower loss on the held-out episodes")
-    evaluate_every: int = option(25, "gradient steps between two looks at the held-out episodes")
+    evaluate_every: int = option(25, "gradient steps between looks at the held-out episodes; 0: one look an epoch")
+    patience: int = option(12, "stop after so many looks without a lower loss on the held-out episodes")
+    min_delta: float = option(1e-3, "a loss that fell by less than this is no lower one")
     batch_size: int = option(64, "frames per step; half of them are successes")
     lr: float = option(3e-4, "AdamW's learning rate")
     weight_decay: float = option(0.02, "AdamW's weight decay")
+    max_grad_norm: float = option(1.0, "a longer gradient is cut to this length; 0: never")
     dropout: float = option(0.3, "share of values dropped in training, in each camera's head and after it")
     seed: int = option(0, "of the split, the copies, the first weights and the batches")
     consecutive: int = option(3, "a success is this many frames in a row above the threshold")
@@ -48,10 +52,11 @@ class RewardConfig:
     def __post_init__(self) -> None:
         many = 1_000_000_000
         require_within(
-            self, views=(0, 1000), pad=(0, 16), brightness=(0, 1), contrast=(0, 1), saturation=(0, 1),
-            held_out=(0.01, 0.99), steps=(1, many), patience=(1, many), evaluate_every=(1, many),
-            batch_size=(2, 65_536), lr=(1e-9, 1), weight_decay=(0, 1), dropout=(0, 0.9), consecutive=(1, 1000),
-            tolerance_frames=(0, 1000), guard_margin_z=(0, 1), guard_margin_opening=(0, 1),
+            self, views=(0, 1000), pad=(0, 16), brightness=(0, 1), contrast=(0, 1), saturation=(0, 1), hue=(0, 0.5),
+            sharpness=(0, 10), held_out=(0.01, 0.99), steps=(1, many), evaluate_every=(0, many), patience=(1, many),
+            min_delta=(0, 1), batch_size=(2, 65_536), lr=(1e-9, 1), weight_decay=(0, 1), max_grad_norm=(0, many),
+            dropout=(0, 0.9), consecutive=(1, 1000), tolerance_frames=(0, 1000), guard_margin_z=(0, 1),
+            guard_margin_opening=(0, 1),
         )  # fmt: skip
         if self.batch_size % 2:
             raise ConfigError(f"batch_size: got {self.batch_size}, must be even: half of it are successes")
@@ -168,15 +173,20 @@ def save_reward(
     settings.save(about, folder / "reward.json")
 
 
+def read_reward_file(folder: Path) -> RewardFile:
+    """What `folder`'s reward.json says. Raises DataError where it is missing or damaged."""
+    try:
+        return settings.load(RewardFile, folder / "reward.json")
+    except ConfigError as error:
+        raise DataError(f"no usable reward classifier: {error}") from error
+
+
 def load_reward(folder: Path, schema: dict[str, Any], trunk_hash: str) -> SuccessDetector:
     """The detector saved in `folder`, on the CPU.
 
     Raises DataError where a file is missing or damaged, or where it was made for another schema or trunk.
     """
-    try:
-        about = settings.load(RewardFile, folder / "reward.json")
-    except ConfigError as error:
-        raise DataError(f"no usable reward classifier: {error}") from error
+    about = read_reward_file(folder)
     require_same(about.schema, schema, str(folder / "reward.json"))
     require_trunk(about.trunk_hash, trunk_hash, str(folder))
     model = folder / "model.safetensors"
