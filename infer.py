@@ -44,12 +44,12 @@ class Config:
     checkpoint: str = option("last", "last, or a checkpoint's number: the name of its folder")
     episodes: int = option(50, "episodes to run")
     seed: int = option(10_000, "seed of the fresh scenes; training used others")
-    deterministic: bool = option(True, "take the policy's mean action; false: sample")
+    std_scale: float = option(0.0, "share of the policy's spread to act with; 0: its mean action, 1: as in training")
     video: str | None = option(None, "mp4 file to write, of what the networks see; must not exist")
     output: str | None = option(None, "folder for eval.json; null: the run folder")
 
     def __post_init__(self) -> None:
-        require_within(self, episodes=(1, 1_000_000), seed=(0, 2**31))
+        require_within(self, episodes=(1, 1_000_000), seed=(0, 2**31), std_scale=(0, 1))
         if not self.run:
             raise ConfigError("run: got no name; give the run folder that train_sac.py made")
         if self.video is not None and Path(self.video).suffix.lower() != ".mp4":
@@ -65,8 +65,9 @@ def main(config: Config) -> None:
     output = Path(config.output) if config.output else run
     output.mkdir(parents=True, exist_ok=True)  # before the robot's time is spent
     schema = describe_task(trained.rig, trained.env, trained.preprocess)
-    eyes = Eyes(trained.encoder, run / "reward", schema, views=0, pad=0, seed=0, device="cpu")
-    policy = load_policy(run, config.checkpoint, trained.sac, schema, eyes.trunk_hash)
+    sac = trained.sac
+    eyes = Eyes(trained.encoder, run / "reward", schema, 0, 0, 0, "cpu", sac.n_obs_steps, sac.features)
+    policy = load_policy(run, config.checkpoint, sac, schema, eyes.trunk_hash)
     with ExitStack() as stack:
         video = None
         if config.video is not None:
@@ -75,7 +76,7 @@ def main(config: Config) -> None:
             video = stack.enter_context(closing(VideoWriter(Path(config.video), trained.env.fps, size, width)))
         rig = stack.enter_context(open_rig(trained.rig, config.seed))
         env = rig.make_env(trained.env, trained.preprocess, trained.reward, config.seed, rig.verdict or eyes)
-        episodes = evaluate(env, rig, policy, eyes, config.episodes, config.deterministic, video)
+        episodes = evaluate(env, rig, policy, eyes, config.episodes, config.std_scale, video)
     report(output, episodes, rig)
 
 
@@ -117,7 +118,7 @@ def evaluate(
     policy: Policy,
     eyes: Eyes,
     episodes: int,
-    deterministic: bool,
+    std_scale: float,
     video: VideoWriter | None = None,
 ) -> list[dict[str, Any]]:
     """Run episodes; each gives its steps, return (the classifier's, paid once) and success.
@@ -139,7 +140,7 @@ def evaluate(
                 eyes.reset()
                 steps, rewarded, done = 0, False, False
                 while not done:
-                    step = env.step(policy.act(eyes.features(observation), observation.state, deterministic, generator))
+                    step = env.step(policy.act(eyes.look(observation), observation.state, std_scale, generator))
                     observation = step.observation
                     if video is not None:
                         video.add(np.concatenate(list(observation.images), axis=1))

@@ -14,7 +14,6 @@ import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 
 # isort: split
 import json
-import os
 import shutil
 import time
 from collections import deque
@@ -40,13 +39,13 @@ from so101.data.writer import DatasetWriter
 from so101.env import Env, EnvConfig, Observation, Step
 from so101.episodes import Trajectory, first_success, labelled, observed_success, trajectories
 from so101.errors import ConfigError, DataError, EpisodeAborted, UserError
+from so101.files import new_folder
 from so101.learn.checkpoint import load_checkpoint, save_checkpoint
 from so101.learn.eyes import Eyes
 from so101.learn.link import Corrected, Discarded, Link, Moved, Started, Weights
-from so101.learn.networks import Policy
 from so101.learn.replay import Replay
 from so101.learn.resnet10 import STRIDE
-from so101.learn.sac import Sac, SacConfig
+from so101.learn.sac import Sac, SacConfig, make_policy
 from so101.plots import curve, html_table, write_report
 from so101.rig import Rig, RigConfig, describe_task, open_rig
 from so101.robot.teleop import POLICY_STARTS, TRAINING
@@ -113,7 +112,10 @@ def main(config: Config) -> None:
     sac = config.sac
     # A run keeps the classifier that it began with: what was trained is what runs.
     reward_model = folder / "reward" if (folder / "reward").exists() else Path(config.reward_model)
-    eyes = Eyes(config.encoder, reward_model, config.schema(), sac.views, sac.pad, config.seed, config.device)
+    eyes = Eyes(
+        config.encoder, reward_model, config.schema(), sac.views, sac.pad, config.seed, config.device,
+        sac.n_obs_steps, sac.features,
+    )  # fmt: skip
     demonstrations = load_demonstrations(config)
     with ExitStack() as stack:
         seed = config.seed + 1 + recorded_steps(folder)  # a resumed run draws fresh scenes
@@ -135,7 +137,7 @@ def main(config: Config) -> None:
 
 def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: Eyes) -> Iterator[None]:
     """Act, step, send: one environment step at each `next`, until the run has its steps."""
-    policy = Policy(len(config.rig.cameras), config.preprocess.image_size // STRIDE, config.sac.activation).eval()
+    policy = make_policy(config.sac, len(config.rig.cameras), config.preprocess.image_size // STRIDE).eval()
     rng = np.random.default_rng([config.seed, run.steps])
     noise = torch.Generator().manual_seed(config.seed + run.steps)
     version, steps, quits, aborts = -1, run.steps, False, 0
@@ -160,8 +162,10 @@ def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: Eyes) -> Ite
                 version = weights.version
             if version < 0:  # nothing learned yet
                 action = rng.uniform(-1, 1, len(ACTION))
+                if config.sac.gripper == "discrete":
+                    action[-1] = np.round(action[-1])
             else:
-                action = policy.act(eyes.features(observation), observation.state, False, noise)
+                action = policy.act(eyes.look(observation), observation.state, 1.0, noise)
             try:
                 step = env.step(action)
                 dropped, quits = "redo" in step.events, "quit" in step.events
@@ -257,12 +261,15 @@ class Run:
         self.starts = np.stack([d.states[0][TOOL_XYZ] for d in demonstrations])
         cameras, size = len(config.rig.cameras), config.preprocess.image_size
         torch.manual_seed(config.seed)
-        self.sac = Sac(config.sac, cameras, config.device, size // STRIDE)
+        self.sac = Sac(config.sac, cameras, config.device, size // STRIDE, eyes.encoder.trunk)
         self.sac.generator.manual_seed(config.seed)
         self.sac.policy.normalizer.fit(np.concatenate([d.states for d in demonstrations]))
         key = {"trunk": eyes.trunk_hash, "schema": schema_hash(config.schema())}
         frames = sum(len(d.states) for d in demonstrations)
-        self.replay = Replay(eyes.encoder, folder, key, cameras, size, frames, config.sac.buffer_size, seed=config.seed)
+        self.replay = Replay(
+            eyes.encoder, folder, key, cameras, size, frames, config.sac.buffer_size, config.seed,
+            config.sac.n_obs_steps, config.sac.features,
+        )  # fmt: skip
         for demonstration in demonstrations:
             self._add(demonstration, demonstration=True)
         self.ended = False  # whether an episode ended in this process, for a late verdict to correct
@@ -409,12 +416,9 @@ def begin_run(folder: Path, config: Config) -> None:
     if folder.exists():
         configs.save(config, folder / "config.json")
         return
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    configs.save(config, aside / "config.json")
-    shutil.copytree(config.reward_model, aside / "reward")
-    os.rename(aside, folder)
+    with new_folder(folder) as aside:
+        configs.save(config, aside / "config.json")
+        shutil.copytree(config.reward_model, aside / "reward")
 
 
 def recorded_steps(folder: Path) -> int:

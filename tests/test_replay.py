@@ -1,10 +1,12 @@
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from so101.errors import DataError
+from so101.learn.eyes import Eyes
 from so101.learn.replay import Replay, ViewEncoder
 from so101.learn.resnet10 import load_resnet10
 from so101.learn.sac import Sac, SacConfig
@@ -32,9 +34,9 @@ def trunk():
     return CountingTrunk()
 
 
-def make_replay(trunk, folder, views=2, cameras=1, demos=20, online=30, key=KEY, size=SIZE):
+def make_replay(trunk, folder, views=2, cameras=1, demos=20, online=30, key=KEY, size=SIZE, **options):
     encoder = ViewEncoder(trunk, views, pad=4, seed=0)
-    return Replay(encoder, folder, key, cameras, size, demos, online, seed=0)
+    return Replay(encoder, folder, key, cameras, size, demos, online, seed=0, **options)
 
 
 def frame(time, cameras=1, size=SIZE):
@@ -312,3 +314,208 @@ def test_refuses_a_cache_that_the_disk_cannot_hold(tmp_path, trunk):
     with pytest.raises(DataError, match="lower sac.buffer_size"):
         make_replay(trunk, tmp_path, online=10**10)
     assert not any(tmp_path.iterdir())
+
+
+def tell(time, views=2):
+    """Features that all say the time."""
+    return torch.full((1 + views, 1, 512, 1, 1), float(time), dtype=torch.float16)
+
+
+def add_told(replay, start, length, demonstration=False, human=()):
+    """As `add_episode`, with features and states that tell the time."""
+    slots = [replay.add_observation(frame(start), state(start), tell(start), demonstration)]
+    for step in range(length):
+        time = start + step + 1
+        slots.append(replay.add_observation(frame(time), state(time), tell(time), demonstration))
+        replay.add_transition(
+            slots[-2], slots[-1], np.zeros(4, np.float32), 0.0, False, step == length - 1, step in human
+        )
+    return slots[0]
+
+
+def check_stacks(batch, first):
+    """Every stack holds the last three times of its episode, the first repeated; `first` gives an episode's start."""
+    for features, states in ((batch.features, batch.state), (batch.next_features, batch.next_state)):
+        for told, time in zip(features[:, :, 0, 0, 0].tolist(), states[:, 0].tolist(), strict=True):
+            assert told == [max(time - back, first(time)) for back in (2, 1, 0)]
+
+
+def test_a_stack_is_the_last_three_frames_of_one_episode_whoever_drove(tmp_path, trunk):
+    replay, encoded = make_replay(trunk, tmp_path, online=60, frames=3), trunk.images
+    starts = [0, 9, 100, 115]
+    add_told(replay, 0, 8, demonstration=True)
+    add_told(replay, 9, 6, demonstration=True)
+    add_told(replay, 100, 12, human=range(3, 7))
+    add_told(replay, 115, 2, human=[0])
+    batch = replay.sample(1500)
+    assert batch.features.shape == (1500, 3, 512, 1, 1)
+    check_stacks(batch, lambda time: max(start for start in starts if start <= time))
+    # an intervention drawn as a demonstration is seen with what really led to it, as the policy would have seen it
+    drawn = batch.features[batch.state[:, 0] == 103][:, :, 0, 0, 0].unique(dim=0)
+    assert drawn.tolist() == [[101, 102, 103]] and 103 in replay.state[replay.pools[0], 0]
+    assert trunk.images == encoded and replay.images.shape[:2] == (80, 1)  # stored and encoded once, as without stacks
+
+
+def test_stacks_stay_whole_in_a_ring_and_after_a_discard(tmp_path, trunk):
+    replay, time, starts = make_replay(trunk, tmp_path, online=17, frames=3), 0, []
+    for length in (1, 5, 16, 9, 3, 14, 2, 11, 8, 8, 40, 1, 6):
+        starts.append(time)
+        first = add_told(replay, time, length)
+        if length in (3, 11):
+            replay.discard(first)
+        time += length + 3
+        if not replay.starts.any():
+            continue
+        batch = replay.sample(300)
+        check_stacks(batch, lambda time: max(start for start in starts if start <= time))
+    # of the 40 the ring held 17 observations; 2 + 7 more came, and two stacks lost a frame of theirs
+    alive = set(replay.state[replay.pools[1], 0].tolist())
+    long = starts[-3]
+    assert alive == {*range(long + 40 - 7 + 2, long + 40), starts[-2], *range(starts[-1], starts[-1] + 6)}
+
+
+def test_a_stack_in_the_cache_equals_encoding_its_shifted_pixels(tmp_path, trunk):
+    replay = make_replay(trunk, tmp_path, cameras=2, frames=3)
+    slots = [replay.add_observation(frame(time, 2), state(time)) for time in range(5)]
+    for slot, after in zip(slots, slots[1:], strict=False):
+        replay.add_transition(slot, after, np.full(4, 0.1, np.float32), 1.0, False, False, False)
+    draw = replay.draw(8)
+    cached, pixels = replay.gather(draw), replay.gather_pixels(draw)
+    assert cached.features.shape == (8, 6, 512, 1, 1)
+    torch.testing.assert_close(cached.features.float(), pixels.features, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(cached.next_features.float(), pixels.next_features, atol=2e-3, rtol=1e-3)
+    # a stack's last frames are the observation's own, camera by camera
+    alone = make_replay(trunk, tmp_path, cameras=2)
+    for time in range(5):
+        alone.add_observation(frame(time, 2), state(time))
+    assert torch.equal(cached.features[:, 4:], alone._cached(draw.slots, draw.views))
+
+
+def test_views_are_renewed_oldest_first_and_remain_what_their_pixels_encode_to(tmp_path, trunk):
+    replay = make_replay(trunk, tmp_path)
+    assert not replay.refresh()  # there is none yet
+    add_episode(replay, 0, 2, demonstration=True)
+    add_episode(replay, 100, 3)
+    slots, before = [0, 1, 2, 20, 21, 22, 23], replay.file.features.copy()
+    marks, encoded, rng = replay.file.marks.copy(), trunk.images, replay.rng_state()
+    for count, slot in enumerate(slots, 1):
+        assert replay.refresh()
+        changed = (replay.file.features != before).reshape(50, 3, -1).any(2)
+        assert np.flatnonzero(changed.any(1)).tolist() == sorted(slots[:count])
+        assert changed[slot, 1:].all() and not changed[slot, 0]  # the unshifted view is what actor and classifier use
+    assert trunk.images - encoded == 2 * len(slots) and (replay.file.marks == marks).all()
+    assert replay.rng_state() == rng  # what is drawn next does not depend on how long the learner idled
+    once = replay.file.features.copy()
+    replay.refresh()
+    assert (replay.file.features[0, 1:] != once[0, 1:]).any() and (replay.file.features[1:] == once[1:]).all()
+    draw = replay.draw(40)
+    cached, pixels = replay.gather(draw), replay.gather_pixels(draw)
+    torch.testing.assert_close(cached.features.float(), pixels.features, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(cached.next_features.float(), pixels.next_features, atol=2e-3, rtol=1e-3)
+    encoded, resumed = trunk.images, make_replay(trunk, tmp_path)
+    add_episode(resumed, 0, 2, demonstration=True)
+    add_episode(resumed, 100, 3)
+    assert trunk.images == encoded and (resumed.file.features == replay.file.features).all()
+    assert not make_replay(trunk, tmp_path / "none", views=0).refresh()
+
+
+def test_what_was_discarded_is_not_renewed(tmp_path, trunk):
+    replay = make_replay(trunk, tmp_path)
+    replay.discard(add_episode(replay, 0, 3))
+    encoded = trunk.images
+    assert not replay.refresh() and trunk.images == encoded
+
+
+def test_pixel_mode_keeps_no_cache_and_draws_what_the_cache_would_give(tmp_path, trunk):
+    replays = [make_replay(trunk, tmp_path / kind, features=kind) for kind in ("cached", "pixels")]
+    encoded = []
+    for replay in replays:
+        before = trunk.images
+        add_episode(replay, 0, 4, demonstration=True)
+        add_episode(replay, 100, 4)
+        encoded.append(trunk.images - before)
+    assert encoded == [10 * 3, 0] and not (tmp_path / "pixels").exists() and not replays[1].refresh()
+    cached, pixels = (replay.sample(16) for replay in replays)
+    assert torch.equal(cached.state, pixels.state) and torch.equal(cached.action, pixels.action)
+    torch.testing.assert_close(cached.features.float(), pixels.features, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(cached.next_features.float(), pixels.next_features, atol=2e-3, rtol=1e-3)
+    with pytest.raises(DataError, match="replay: made for features 'pixels', there is no cache"):
+        replays[1].gather(replays[1].draw(4))
+
+
+def test_frames_for_a_trained_encoder_are_shifted_anew_and_a_stack_as_one(tmp_path, trunk):
+    encoded = trunk.images
+    replay = make_replay(trunk, tmp_path, cameras=2, frames=3, features="trained")
+    slots = [replay.add_observation(frame(time, 2), state(time)) for time in range(6)]
+    for slot, after in zip(slots, slots[1:], strict=False):
+        replay.add_transition(slot, after, np.zeros(4, np.float32), 0.0, False, False, False)
+    batch = replay.sample(64)
+    assert (
+        trunk.images == encoded and batch.features.shape == (64, 6, 32, 32, 3) and batch.features.dtype == torch.uint8
+    )
+    offsets = {}
+    for row in range(64):
+        for side, (stack, told) in enumerate(((batch.features, batch.state), (batch.next_features, batch.next_state))):
+            time = int(told[row, 0])
+            for camera in range(2):
+                frames = [frame(max(time - back, 0), 2)[camera] for back in (2, 1, 0)]
+                padded = [np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="edge") for image in frames]
+                seen = stack[row, camera::2].numpy()  # oldest first, each with both cameras
+                (found,) = (
+                    (top, left)
+                    for top in range(9)
+                    for left in range(9)
+                    if all((p[top : top + 32, left : left + 32] == s).all() for p, s in zip(padded, seen, strict=True))
+                )
+                offsets[row, side, camera] = found
+    assert len(set(offsets.values())) > 50  # of 81
+    differ = [offsets[row, 0, camera] != offsets[row, 1, camera] for row in range(64) for camera in range(2)]
+    assert sum(differ) > 110 and sum(offsets[row, 0, 0] != offsets[row, 0, 1] for row in range(64)) > 50
+
+
+@pytest.mark.parametrize("features", ["cached", "trained"])
+def test_the_live_stack_is_the_one_that_replay_gives(tmp_path, trunk, features, monkeypatch):
+    monkeypatch.setattr("so101.learn.eyes.load_resnet10", lambda path: trunk.trunk)
+    monkeypatch.setattr("so101.learn.eyes.load_reward", lambda folder, schema, trunk: Judge())
+    eyes = Eyes(None, tmp_path, {}, views=1, pad=4, seed=0, device="cpu", frames=3, features=features)
+    replay = Replay(eyes.encoder, tmp_path, KEY, 2, SIZE, 0, 40, 0, frames=3, features=features)
+    looked = []
+    for start, length in ((0, 4), (50, 2)):
+        eyes.reset()
+        slot = None
+        for time in range(start, start + length + 1):
+            observation = Observation(frame(time, 2), state(time))
+            if time % 2:
+                eyes.update(observation)  # the classifier looks too, and first: a frame counts once
+            seen = eyes.see(observation)
+            looked.append((time, eyes.look(observation)))
+            after = replay.add_observation(*seen)
+            if slot is not None:
+                replay.add_transition(slot, after, np.zeros(4, np.float32), 0.0, False, False, False)
+            slot = after
+    assert seen.views.shape[0] == (2 if features == "cached" else 1)  # a view that nobody draws is not encoded
+    for slot, (time, stack) in enumerate(looked):
+        assert replay.state[slot, 0] == time and stack.shape[0] == 6
+        frames = torch.from_numpy(replay.images[replay.history[slot]])
+        if features == "cached":
+            assert torch.equal(stack, replay._cached(np.array([slot]), np.array([0]))[0])
+        else:
+            assert torch.equal(stack, frames.flatten(0, 1))
+
+
+class Observation(NamedTuple):
+    images: np.ndarray
+    state: np.ndarray
+
+
+class Judge:
+    """A classifier that sees no success."""
+
+    def reset(self):
+        pass
+
+    def probability(self, features):
+        return 0.0
+
+    def update(self, probability, state):
+        return False

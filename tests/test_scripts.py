@@ -220,7 +220,7 @@ def test_a_lost_picture_drops_an_online_episode_whole_and_an_evaluated_one_is_ru
             next(learner)
         next(learner)
         rig.cameras["wrist"].fails_at = {rig.cameras["wrist"].looks + 5}
-        results = infer.evaluate(env, rig, run.sac.policy, eyes, 1, True)
+        results = infer.evaluate(env, rig, run.sac.policy, eyes, 1, 0.0)
     run.close()
     heard = rig.teleop.keys.heard
     assert heard.count("episode dropped: camera wrist: newest frame is 0.7 s old") == 4 and len(results) == 1
@@ -288,7 +288,7 @@ def test_where_the_classifier_judges_it_counts_each_frame_once(made, tmp_path):
     with open_rig(config.rig, 1) as rig:
         rig.verdict = None  # as on a real arm
         env = rig.make_env(config.env, config.preprocess, config.reward, 1, eyes)
-        (result,) = infer.evaluate(env, rig, policy, eyes, 1, True)
+        (result,) = infer.evaluate(env, rig, policy, eyes, 1, 0.0)
     assert result == {"steps": 3, "return": 1.0, "success": True}
 
 

@@ -1,8 +1,9 @@
 """The trained networks: from pixels and states to tensors, and from the trunk's features to action and value.
 
-The trunk (resnet10.py) is frozen, so everything here starts from its feature maps, (B, cameras, 512, h, w).
-Letters in the shape comments: B batch, N cameras, C channels, P = h * w positions, F spatial features,
-E critics. Initial weights and layer order follow HIL-SERL's JAX code.
+The trunk (resnet10.py) is frozen, so everything here starts from its feature maps, (B, cameras, 512, h, w); only a
+policy that trains its own starts from pixels. Frames of a stack are to these networks what further cameras are.
+Letters in the shape comments: B batch, N cameras (times stacked frames), C channels, P = h * w positions,
+F spatial features, A entries of the action, E critics. Initial weights and layer order follow HIL-SERL's JAX code.
 """
 
 import math
@@ -39,6 +40,13 @@ def images_to_input(images: np.ndarray | Tensor) -> Tensor:
     scale = 1 / (255 * torch.tensor(IMAGE_STD, device=pixels.device))
     offset = torch.tensor(IMAGE_MEAN, device=pixels.device) * 255 * scale
     return (pixels * scale - offset).permute(0, 3, 1, 2).contiguous()
+
+
+def feature_maps(trunk: nn.Module, images: Tensor) -> Tensor:
+    """uint8 RGB images (B, N, S, S, 3) -> the trunk's features (B, N, C, h, w), all in one pass."""
+    weight = next(trunk.parameters())
+    maps: Tensor = trunk(images_to_input(images.flatten(0, 1).to(weight.device)).to(weight.dtype))
+    return maps.unflatten(0, images.shape[:2])
 
 
 class StateNormalizer(nn.Module):
@@ -143,9 +151,9 @@ class ObservationEncoder(nn.Module):
 
 
 class Actor(nn.Module):
-    """Latent -> a diagonal Gaussian squashed by tanh, over the four entries of ACTION."""
+    """Latent -> a diagonal Gaussian squashed by tanh, over the first `actions` entries of ACTION, A of them."""
 
-    def __init__(self, latent_dim: int, width: int = 256, activation: str = "tanh") -> None:
+    def __init__(self, latent_dim: int, width: int = 256, activation: str = "tanh", actions: int = len(ACTION)) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inputs in (latent_dim, width):
@@ -153,18 +161,18 @@ class Actor(nn.Module):
             xavier_(linear)
             layers += [linear, nn.LayerNorm(width, eps=NORM_EPS), ACTIVATIONS[activation]()]
         self.mlp = nn.Sequential(*layers)
-        self.mean = nn.Linear(width, len(ACTION))
-        self.log_std = nn.Linear(width, len(ACTION))
+        self.mean = nn.Linear(width, actions)
+        self.log_std = nn.Linear(width, actions)
         xavier_(self.mean)
         xavier_(self.log_std)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation before the tanh, both (B, 4)."""
+        """Mean and standard deviation before the tanh, both (B, A)."""
         hidden = self.mlp(latent)
         return self.mean(hidden), self.log_std(hidden).exp().clamp(*STD_RANGE)
 
     def sample(self, latent: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The action (B, 4) that standard normal `noise` (B, 4) picks, and its log-density (B,).
+        """The action (B, A) that standard normal `noise` (B, A) picks, and its log-density (B,).
 
         The density of a = tanh(u) is that of u over da/du = 1 - tanh(u)^2, whose log is written as
         2 (log 2 - u - softplus(-2 u)): exact also where tanh has rounded to 1 (SAC, appendix C).
@@ -177,28 +185,38 @@ class Actor(nn.Module):
 
 
 class Policy(nn.Module):
-    """What acts on the robot: normaliser, encoder and actor. Whole, this is what travels and is saved."""
+    """What acts on the robot: normaliser, encoder and actor. Whole, this is what travels and is saved.
 
-    def __init__(self, cameras: int, size: int = 4, activation: str = "tanh") -> None:
+    `gripper` (gripper.py) and `trunk` (resnet10.py, trained) are set by whoever wants them: see sac.make_policy.
+    """
+
+    def __init__(self, cameras: int, size: int = 4, activation: str = "tanh", actions: int = len(ACTION)) -> None:
         super().__init__()
         self.normalizer = StateNormalizer()
         self.encoder = ObservationEncoder(cameras, size)
-        self.actor = Actor(self.encoder.latent_dim, activation=activation)
+        self.actor = Actor(self.encoder.latent_dim, activation=activation, actions=actions)
+        self.actions = actions  # entries of the action that the actor and the critics have to do with
+        self.gripper: nn.Module | None = None  # picks the last entry instead
+        self.trunk: nn.Module | None = None
+
+    def look(self, seen: Tensor) -> Tensor:
+        """Feature maps (B, N, C, h, w) for the encoder: as they come, or of pixels (B, N, S, S, 3) by its own trunk."""
+        return seen if self.trunk is None else feature_maps(self.trunk, seen)
 
     @torch.no_grad()
-    def act(self, features: Tensor, state: np.ndarray, deterministic: bool, generator: torch.Generator) -> np.ndarray:
-        """One observation's action (4,) float32: features (N, C, h, w), state (18,) in schema units.
+    def act(self, seen: Tensor, state: np.ndarray, std_scale: float, generator: torch.Generator) -> np.ndarray:
+        """One observation's action (4,) float32: features (N, C, h, w) (see `look`), state (18,) in schema units.
 
-        `deterministic` takes the distribution's mode instead of a sample. The generator lives on the CPU.
+        `std_scale` times the distribution's standard deviation is what it is drawn with: 1 samples as in training,
+        0 takes the mode. The generator lives on the CPU.
         """
         device = self.normalizer.mean.device
         raw = torch.as_tensor(state, dtype=torch.float32, device=device)
-        latent = self.encoder(features.to(device)[None], self.normalizer(raw[None]))
-        if deterministic:
-            action = torch.tanh(self.actor(latent)[0])
-        else:
-            noise = torch.randn(1, len(ACTION), generator=generator)
-            action, _ = self.actor.sample(latent, noise.to(device))
+        latent = self.encoder(self.look(seen.to(device)[None]), self.normalizer(raw[None]))
+        noise = std_scale * torch.randn(1, self.actions, generator=generator)
+        action, _ = self.actor.sample(latent, noise.to(device))
+        if self.gripper is not None:
+            action = torch.cat([action, self.gripper(latent).argmax(1, keepdim=True) - 1], dim=1)
         return action[0].cpu().numpy()  # type: ignore[no-any-return]
 
 
@@ -220,18 +238,25 @@ class EnsembleLayer(nn.Module):
 
 
 class Critics(nn.Module):
-    """E critics, each 256 x 2: latent (B, L) and action (B, 4) -> their values (E, B)."""
+    """E critics, each 256 x 2: latent (B, L) and action (B, A) -> their values (E, B)."""
 
-    def __init__(self, latent_dim: int, members: int = 2, width: int = 256, activation: str = "tanh") -> None:
+    def __init__(
+        self,
+        latent_dim: int,
+        members: int = 2,
+        width: int = 256,
+        activation: str = "tanh",
+        actions: int = len(ACTION),
+    ) -> None:
         super().__init__()
         self.members = members
-        self.hidden1 = EnsembleLayer(members, latent_dim + len(ACTION), width, activation)
+        self.hidden1 = EnsembleLayer(members, latent_dim + actions, width, activation)
         self.hidden2 = EnsembleLayer(members, width, width, activation)
         self.weight = nn.Parameter(xavier_ensemble(members, width, 1))
         self.bias = nn.Parameter(torch.zeros(members, 1, 1))
 
     def forward(self, latent: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([latent, action], dim=1).expand(self.members, -1, -1)  # (E, B, L + 4)
+        x = torch.cat([latent, action], dim=1).expand(self.members, -1, -1)  # (E, B, L + A)
         return torch.baddbmm(self.bias, self.hidden2(self.hidden1(x)), self.weight).squeeze(2)
 
 

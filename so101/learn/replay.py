@@ -3,7 +3,8 @@
 An observation has a slot; a transition belongs to the slot it starts from and names the slot it leads to, so
 that a next observation is never guessed. Slots below `demo_capacity` hold demonstrations and are never used
 again; the rest are a ring in which the oldest online observation makes way for the newest, and the
-transition that started from it goes with it.
+transition that started from it goes with it. An observation also knows the ones before it that its episode led
+through (`history`): a stack of frames is made of them, whoever drove, and never of an unrelated frame.
 
 For each camera a slot takes (1 + views) x 16 KB of the feature file and 48 KB of memory for the frame at
 128 x 128 pixels: 30,000 slots with 4 views are 2.5 and 1.5 GB. Both are taken only as slots are filled.
@@ -16,7 +17,7 @@ import shutil
 import zlib
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +25,17 @@ from torch import Tensor
 
 from so101.errors import DataError
 from so101.files import write_atomic
-from so101.learn.augment import random_shift
-from so101.learn.networks import images_to_input
+from so101.learn.augment import random_shift, shift
+from so101.learn.networks import feature_maps
 from so101.learn.resnet10 import CHANNELS, STRIDE, ResNet10
 from so101.schema import ACTION, STATE
 
 
 class Batch(NamedTuple):
-    """B transitions; features are (B, cameras, 512, h, w), float16 from the cache."""
+    """B transitions; features are (B, frames * cameras, 512, h, w), float16 from the cache, oldest frame first.
+
+    Where the encoder is trained they are its pixels instead, uint8 (B, frames * cameras, S, S, 3).
+    """
 
     features: Tensor
     state: Tensor  # (B, 18) raw: radians, metres, seconds
@@ -40,6 +44,7 @@ class Batch(NamedTuple):
     terminated: Tensor  # (B,) bool: no value beyond
     next_features: Tensor
     next_state: Tensor
+    changed: Tensor  # (B,) bool: the action told the gripper to open where it was last told to close, or to close
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -57,37 +62,41 @@ class Draw(NamedTuple):
 class ViewEncoder:
     """Frames -> trunk features of the frame as it is and of randomly shifted copies of it, as in DrQ.
 
-    The shifts depend only on `seed` and the frame's own pixels, so that there is no state to save.
+    The shifts depend only on `seed`, the frame's own pixels and its `turn`, the times that its shifted views were
+    renewed, so that there is no state to save. `cached` False leaves them to be encoded when they are drawn.
     """
 
-    def __init__(self, trunk: ResNet10, views: int, pad: int, seed: int) -> None:
-        self.trunk, self.views, self.pad, self.seed = trunk, views, pad, seed
+    def __init__(self, trunk: ResNet10, views: int, pad: int, seed: int, cached: bool = True) -> None:
+        self.trunk, self.views, self.pad, self.seed, self.cached = trunk, views, pad, seed, cached
         self._last: tuple[np.ndarray, Tensor] | None = None
 
-    def shifted(self, images: np.ndarray) -> Tensor:
+    def shifted(self, images: np.ndarray, turn: int = 0) -> Tensor:
         """The views in pixels, uint8 (1 + views, cameras, S, S, 3); the first is not shifted."""
         frame = torch.from_numpy(images.copy())
-        generator = torch.Generator().manual_seed(zlib.crc32(frame.numpy().tobytes()) ^ self.seed)
+        digest = zlib.crc32(frame.numpy().tobytes())
+        if turn:
+            digest = zlib.crc32(turn.to_bytes(4, "little"), digest)
+        generator = torch.Generator().manual_seed(digest ^ self.seed)
         copies = frame.expand(self.views, *frame.shape)
         return torch.cat([frame[None], random_shift(copies, self.pad, generator)])
 
     def encode(self, images: np.ndarray) -> Tensor:
         """One observation's frames, uint8 (cameras, S, S, 3) -> float16 (1 + views, cameras, 512, h, w).
 
+        Without a cache to fill it is the unshifted view alone.
+
         Given the same array object again, the last result is returned: classifier, policy and replay share
         one encoding. The array becomes read-only, so that a buffer filled anew cannot pass for the old frame.
         """
         if self._last is None or self._last[0] is not images:
             images.setflags(write=False)
-            self._last = images, self.run_trunk(self.shifted(images)).half()
+            self._last = images, self.run_trunk(self.shifted(images)[: None if self.cached else 1]).half()
         return self._last[1]
 
     @torch.no_grad()
     def run_trunk(self, pixels: Tensor) -> Tensor:
         """uint8 (n, cameras, S, S, 3) -> float32 (n, cameras, 512, h, w), in one pass, on the CPU."""
-        device = next(self.trunk.parameters()).device
-        maps = self.trunk(images_to_input(pixels.flatten(0, 1).to(device)))
-        return maps.unflatten(0, pixels.shape[:2]).cpu()  # type: ignore[no-any-return]
+        return feature_maps(self.trunk, pixels).cpu()
 
 
 class FeatureFile:
@@ -151,12 +160,19 @@ class Replay:
         demo_capacity: int,
         online_capacity: int,
         seed: int,
+        frames: int = 1,
+        features: Literal["cached", "pixels", "trained"] = "cached",
     ) -> None:
-        """`key` says what features depend on, trunk and schema; capacities count observations."""
+        """`key` says what features depend on, trunk and schema; capacities count observations.
+
+        `frames` is how many of the newest an observation is stacked of; only `features` "cached" makes a file.
+        """
         self.encoder, self.demo_capacity, self.online_capacity = encoder, demo_capacity, online_capacity
         slots, size = demo_capacity + online_capacity, image_size // STRIDE
         shape = (slots, 1 + encoder.views, cameras, CHANNELS, size, size)
-        self.file = FeatureFile(folder, {**key, "pad": encoder.pad, "seed": encoder.seed}, shape)
+        key = {**key, "pad": encoder.pad, "seed": encoder.seed}
+        self.file = FeatureFile(folder, key, shape) if features == "cached" else None
+        self.features, self.frames = features, frames
         self.images = np.zeros((slots, cameras, image_size, image_size, 3), np.uint8)
         self.state = np.zeros((slots, len(STATE)), np.float32)
         self.next_slot = np.zeros(slots, np.int64)
@@ -164,6 +180,12 @@ class Replay:
         self.reward = np.zeros(slots, np.float32)
         self.terminated, self.truncated, self.by_human = np.zeros((3, slots), bool)
         self.starts = np.zeros(slots, bool)  # a transition starts from this slot
+        self.history = np.zeros((slots, frames), np.int64)  # slots of the frames seen, oldest first
+        self.held = np.zeros(slots, np.int8)  # what the gripper was last told: 1 open, -1 close
+        self.changed = np.zeros(slots, bool)
+        self.turn = np.zeros(slots, np.int64)  # times that the shifted views were renewed
+        self.age = np.zeros(slots, np.int64)  # the larger, the later they were made; 0: there are none
+        self._ages = itertools.count(1)
         self.demo_count = self.online_count = 0  # observations ever added
         self.rng = np.random.default_rng(seed)
         self._pools: tuple[np.ndarray, np.ndarray] | None = None
@@ -190,15 +212,38 @@ class Replay:
             number = self.online_count
             slot = self.demo_capacity + number % self.online_capacity
             self.online_count += 1
+            for ahead in range(1, self.frames):  # a stack that loses a frame is not what was seen
+                after = self.demo_capacity + (number + ahead) % self.online_capacity
+                self.starts[after] &= slot not in self.history[after]
         self.images[slot], self.state[slot] = images, state
         self.starts[slot] = False
+        self.history[slot], self.held[slot] = slot, 1  # an episode starts from here, its gripper open, until told else
         self._pools = None
-        mark = _mark(demonstration, number, self.state[slot])
-        if views is not None:
-            self.file.write(slot, views, mark)
-        elif self.file.marks[slot] != mark:
-            self.file.write(slot, self.encoder.encode(images), mark)
+        if self.file is not None:
+            mark = _mark(demonstration, number, self.state[slot])
+            if views is not None:
+                self.file.write(slot, views, mark)
+            elif self.file.marks[slot] != mark:
+                self.file.write(slot, self.encoder.encode(images), mark)
+            self.turn[slot], self.age[slot] = 0, next(self._ages)
         return slot
+
+    def refresh(self) -> bool:
+        """Renew the shifted views of the observation whose are oldest; False where there are none to renew.
+
+        For a learner with nothing else to do: one call takes about as long as encoding a frame `views` times.
+        """
+        if self.file is None or not self.encoder.views or not self.age.any():
+            return False
+        made = np.flatnonzero(self.age)
+        slot = int(made[self.age[made].argmin()])
+        self.turn[slot] += 1
+        shifted = self.encoder.shifted(self.images[slot], int(self.turn[slot]))[1:]
+        unshifted = torch.from_numpy(self.file.features[slot, :1].copy())
+        views = torch.cat([unshifted, self.encoder.run_trunk(shifted).half()])
+        self.file.write(slot, views, int(self.file.marks[slot]))
+        self.age[slot] = next(self._ages)
+        return True
 
     def add_transition(
         self,
@@ -214,6 +259,10 @@ class Replay:
         self.next_slot[slot], self.action[slot], self.reward[slot] = next_slot, action, reward
         self.terminated[slot], self.truncated[slot] = terminated, truncated
         self.by_human[slot] = by_human
+        told = round(float(action[-1]))  # 0, stay, is also a small part of a move, as the discrete gripper reads it
+        self.changed[slot] = told not in (0, self.held[slot])
+        self.held[next_slot] = told or self.held[slot]
+        self.history[next_slot] = [*self.history[slot, 1:], next_slot]
         self.starts[slot] = True
         self._pools = None
 
@@ -233,7 +282,8 @@ class Replay:
         count = (newest - (first - self.demo_capacity)) % self.online_capacity + 1
         self.online_count -= count
         positions = np.arange(self.online_count, self.online_count + count)
-        self.starts[self.demo_capacity + positions % self.online_capacity] = False
+        slots = self.demo_capacity + positions % self.online_capacity
+        self.starts[slots], self.age[slots] = False, 0
         self._pools = None
 
     @property
@@ -266,24 +316,40 @@ class Replay:
         slots, after = draw.slots, self.next_slot[draw.slots]
         return self._batch(draw, self._encoded(slots, draw.views), self._encoded(after, draw.next_views))
 
+    def gather_frames(self, draw: Draw) -> Batch:
+        """The drawn transitions with pixels for an encoder that is trained, each observation shifted as one."""
+        slots, after = draw.slots, self.next_slot[draw.slots]
+        return self._batch(draw, self._shifted(slots), self._shifted(after))
+
     def sample(self, batch_size: int) -> Batch:
         """A random batch; current and next observation each in a shifted view of its own."""
-        return self.gather(self.draw(batch_size))
+        gather = {"cached": self.gather, "pixels": self.gather_pixels, "trained": self.gather_frames}[self.features]
+        return gather(self.draw(batch_size))
 
     def _batch(self, draw: Draw, features: Tensor, next_features: Tensor) -> Batch:
         slots, after = draw.slots, self.next_slot[draw.slots]
         rows = [self.state[slots], self.action[slots], self.reward[slots], self.terminated[slots]]
         state, action, reward, terminated = map(torch.from_numpy, rows)
-        next_state = torch.from_numpy(self.state[after])
-        return Batch(features, state, action, reward, terminated, next_features, next_state)
+        next_state, changed = torch.from_numpy(self.state[after]), torch.from_numpy(self.changed[slots])
+        return Batch(features, state, action, reward, terminated, next_features, next_state, changed)
 
     def _cached(self, slots: np.ndarray, views: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(self.file.features[slots, views]))
+        if self.file is None:
+            raise DataError(f"replay: made for features {self.features!r}, there is no cache; make it for 'cached'")
+        stacked = np.asarray(self.file.features[self.history[slots], views[:, None]])
+        return torch.from_numpy(stacked).flatten(1, 2)
 
     def _encoded(self, slots: np.ndarray, views: np.ndarray) -> Tensor:
-        pairs = zip(slots, views, strict=True)
-        shifted = [self.encoder.shifted(self.images[slot])[view] for slot, view in pairs]
-        return self.encoder.run_trunk(torch.stack(shifted))
+        seen = self.history[slots]  # (B, frames)
+        pairs = zip(seen.flat, views.repeat(self.frames), strict=True)
+        shifted = [self.encoder.shifted(self.images[slot], int(self.turn[slot]))[view] for slot, view in pairs]
+        return self.encoder.run_trunk(torch.stack(shifted)).unflatten(0, seen.shape).flatten(1, 2)
+
+    def _shifted(self, slots: np.ndarray) -> Tensor:
+        images = torch.from_numpy(self.images[self.history[slots]])  # (B, frames, cameras, S, S, 3)
+        pad, (count, frames, cameras) = self.encoder.pad, images.shape[:3]
+        offsets = self.rng.integers(0, 2 * pad, (count, 1, cameras, 2), endpoint=True).repeat(frames, axis=1)
+        return shift(images, torch.from_numpy(offsets), pad).flatten(1, 2)
 
     def rng_state(self) -> dict[str, Any]:
         """The sampler's state, as plain values."""
