@@ -4,11 +4,13 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import record
+from so101.data import edit as edit_module
+from so101.data.convert import Habits, convert, require_said
 from so101.data.dataset import Dataset, Episode, open_dataset
 from so101.data.edit import Piece, cut_label, derive, open_source
 from so101.data.labels import EpisodeLabel, Labels, labels_path
@@ -191,6 +195,7 @@ def test_filters(sources: dict[str, Path], tmp_path: Path) -> None:
         ({"episodes": "more:0-2"}, "'0-2', more has the episodes 0-1"),
         ({"episodes": "other:1"}, "'other', the sources are demos, more"),
         ({"without": "one"}, "without: got 'one', must be a number"),
+        ({"without": "emos:1"}, "without: got 'emos', the sources are demos, more"),
         ({"max_rows": 2, "min_rows": 3}, "max_rows: got 2"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -198,6 +203,41 @@ def test_filters(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no episode is left"):
         edit.filter_(choice(tmp_path / "new", sources["demos"], min_rows=100))
     assert list(tmp_path.iterdir()) == [bare]
+
+
+def test_two_sources_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    folders = {name: make(tmp_path / name / "demo", [1, 1], LIFT, cameras={"wrist": SIZE}) for name in ("a", "b")}
+    with pytest.raises(ConfigError, match="without: got 'demo', which is each of .*a/demo, .*b/demo; say more of its"):
+        chosen(folders, without="demo:1")
+    opened = [open_source(folder) for folder in folders.values()]
+    kept = edit.choose(choice(Path("new"), *folders.values(), without="b/demo:1"), opened)
+    assert [(piece.source.folder, piece.episode.index) for piece in kept] == [
+        (folders["a"], 0), (folders["a"], 1), (folders["b"], 0),
+    ]  # fmt: skip
+
+
+def test_the_labels_that_are_used_are_the_ones_whose_hash_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody labels on between the parts of a split."""
+    demos, labels = make(tmp_path / "demos", [2], LIFT, cameras={"wrist": SIZE}), Labels("demos")
+    labels.set(0, EpisodeLabel(success_start=1))
+    labels.save(labels_path(demos))
+    source, before = open_source(demos), hashlib.sha256(labels_path(demos).read_bytes()).hexdigest()
+    labels.set(0, EpisodeLabel(all_fail=True))
+    labels.save(labels_path(demos))
+    derive(tmp_path / "new", [Piece(source, source.dataset.episodes[0], 0, 2)], {})
+    kept = json.loads((tmp_path / "new/meta/info.json").read_text())["provenance"]["sources"][0]["labels_sha256"]
+    assert kept == before and labels_of(tmp_path / "new") == {0: EpisodeLabel(success_start=1)}
+    load = edit_module.load_labels
+
+    def changed_meanwhile(*where: Any) -> Labels | None:
+        labels_path(demos).write_text(labels_path(demos).read_text() + "\n")
+        return load(*where)
+
+    monkeypatch.setattr(edit_module, "load_labels", changed_meanwhile)
+    with pytest.raises(DataError, match="demos.labels.json: was changed while it was read"):
+        open_source(demos)
 
 
 def test_a_split_parts_the_episodes(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -300,6 +340,8 @@ def test_a_source_that_is_not_alike_is_refused(sources: dict[str, Path], tmp_pat
             labels_path(taken).write_text("{}")
         with pytest.raises(DataError, match="is there already, and nothing is ever overwritten"):
             edit.merge(choice(taken, sources["more"]))
+    with pytest.raises(DataError, match="data/sub: lies inside the dataset .*demos, which is never changed"):
+        edit.merge(choice(sources["demos"] / "data/sub", sources["more"]))  # a resume would set it aside as a stray
     assert not (tmp_path / "new").exists()
 
 
@@ -347,6 +389,20 @@ def test_on_another_disk_videos_are_copied(
         for camera in CAMERAS:
             path = found.videos[camera][0]
             assert path.stat().st_nlink == 1 and path.read_bytes() == wanted.videos[camera][0].read_bytes()
+
+
+@posix
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_a_video_that_is_a_link_is_taken_itself(tmp_path: Path, version: str) -> None:
+    """Hugging Face's cache: a dataset of relative links into a store, which may be emptied."""
+    demos, store = make(tmp_path / "demos", [2], LIFT, cameras={"wrist": SIZE}), tmp_path / "store"
+    store.mkdir()
+    for number, video in enumerate(sorted((demos / "videos").rglob("*.mp4"))):
+        video.rename(store / f"{number}")
+        video.symlink_to(os.path.relpath(store / f"{number}", video.parent))
+    edit.export(edit.Export(**vars(choice(tmp_path / "new", demos)), to=version, labels=False))  # type: ignore[arg-type]
+    shutil.rmtree(store)
+    assert len(list(open_dataset(tmp_path / "new").episodes[0].frames("wrist"))) == 2
 
 
 @contextmanager
@@ -579,8 +635,9 @@ def in_degrees(states: np.ndarray) -> np.ndarray:
 
 
 HABITS = {
-    "rows": "before", "ends": "timeout", "gripper_action": "-1..1", "gripper_position": "0..1", "joints": "rad",
-    "velocities": "kept", "tool_pose": "kept", "intervention": "given", "action_scale": 0.02, "gripper_step": 0.5,
+    "rows": "before", "reward": "next", "ends": "timeout", "gripper_action": "-1..1", "gripper_position": "0..1",
+    "joints": "rad", "velocities": "kept", "tool_pose": "kept", "intervention": "given", "action_scale": 0.02,
+    "gripper_step": 0.5,
 }  # fmt: skip
 AS_AUTHOR = {
     "rows": "after", "gripper_action": "0,1,2", "gripper_position": "0..1.7453", "velocities": "recomputed",
@@ -665,6 +722,7 @@ def test_a_habit_that_is_not_said_is_asked_for_with_what_the_data_shows(
     assert lines[0] == f"{old}: say how it was recorded, none of it is guessed (--help explains each):"
     assert lines[1:] == [
         "  rows= before | after",
+        "  reward= frame | next | none; 1 of 1 episodes have the column next.reward",
         "  ends= terminal | timeout",
         "  gripper_action= -1..1 | 0..2 | 0,1,2 | none; action[3] takes the values 0, 1, 2",
         "  gripper_position= 0..1 | 0..100 | 0..1.7453; "
@@ -691,6 +749,41 @@ def test_a_habit_that_is_not_said_is_asked_for_with_what_the_data_shows(
     with pytest.raises(DataError, match="crop .* does not fit a 48x32 frame"):
         edit.convert_(edit.Convert(new=str(tmp_path / "new"), source=str(old), **right))
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_recording_of_ours_says_of_itself_is_no_habit_to_choose(simulated: Dataset) -> None:
+    require_said(simulated, Habits(**HABITS))
+    for name, wrong, said in (
+        ("action_scale", 0.04, "action_scale=0.04 cannot be: it was recorded with 0.02"),
+        ("gripper_step", 0.2, "gripper_step=0.2 cannot be: it was recorded with 0.5"),
+        ("rows", "after", "rows=after cannot be: this program recorded it"),
+        ("reward", "frame", "reward=frame cannot be: this program recorded it"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            require_said(simulated, Habits(**{**HABITS, name: wrong}))
+    with pytest.raises(ConfigError, match="fps=20 cannot be: it was recorded with 10"):
+        require_said(replace(simulated, fps=20), Habits(**HABITS))
+
+
+def test_whose_frame_a_reward_is_of_is_said(sources: dict[str, Path], tmp_path: Path) -> None:
+    """next.reward is 0, 1, 0, 0: success in frame 1, where it is of its own row's, and else in frame 2."""
+    old = open_dataset(old_recording(tmp_path / "old", open_dataset(sources["demos"]).episodes[:1], lambda s: s / 100))
+    pose = edit.TOOL_POSES["kept"]
+    for said, reward in (
+        ({"reward": "frame"}, [1, 0, 0]),
+        ({"reward": "next"}, [0, 1, 0]),
+        ({"reward": "none"}, [0, 0, 0]),
+        ({"reward": "frame", "rows": "after"}, [1, 0, 0]),  # the frame after the action is the row's own
+        ({"reward": "next", "rows": "after"}, [1, 0, 0]),
+    ):
+        habits = Habits(**{**HABITS, "intervention": "none", **said})
+        require_said(old, habits)
+        columns, _ = convert(old.episodes[0], habits, pose)
+        assert columns["next.reward"].tolist() == reward, said
+    path = tmp_path / "old/data/chunk-000/episode_000000.parquet"
+    pq.write_table(pq.read_table(path).drop(["next.reward"]), path)
+    with pytest.raises(ConfigError, match="reward=next cannot be: 0 of 1 episodes have the column next.reward"):
+        require_said(open_dataset(tmp_path / "old"), Habits(**{**HABITS, "intervention": "none"}))
 
 
 def test_what_was_cropped_when_it_was_recorded_is_converted_as_it_is(tmp_path: Path) -> None:

@@ -297,6 +297,25 @@ def test_one_text_file_with_the_labels_of_two_datasets() -> None:
         import_labels("# nothing yet\n", "empty.txt", **habits)
 
 
+@pytest.mark.parametrize("heading", ["# dataset path: data/{}", "# Dataset: {}", r"# dataset_path = C:\data\{}"])
+def test_blocks_headed_by_relative_paths_are_kept_apart(heading: str) -> None:
+    text = f"{heading.format('a')}\n00: 34-\n{heading.format('b')}\n01: all fail\n"
+    assert import_labels(text, "both.txt", **PLAIN, dataset="b") == {1: EpisodeLabel(all_fail=True)}
+    with pytest.raises(DataError, match="both.txt: has the labels of a, b; say dataset="):
+        import_labels(text, "both.txt", **PLAIN)
+
+
+def test_labels_of_a_dataset_of_another_name_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    content = {"dataset_path": "data/lamp", "episodes": {"0": None}}
+    for text in (json.dumps(content), "# dataset path: data/lamp\n00: all fail\n"):
+        for quiet in ({}, {"into": "lamp"}, {"into": "table", "dataset": "lamp"}):
+            import_labels(text, "labels", **PLAIN, **quiet)
+        assert capsys.readouterr().err == ""
+        import_labels(text, "labels", **PLAIN, into="table")
+        said = "labels: says that these are the labels of lamp; they are taken for table all the same\n"
+        assert capsys.readouterr().err == said
+
+
 def test_json_forms_with_each_habit() -> None:
     merged = {
         "source": "merged from two (ep 0-2) + (ep 3-4)",

@@ -225,7 +225,9 @@ def test_a_gripper_that_never_moves_matters_in_a_success_only(folder):
     close_with(folder, 1, lambda c: c[STATES].__setitem__(5, 0.5))
     severity, check, episode, frame, message = only(folder)
     assert (severity, check, episode, frame) == ("warning", "gripper", 1, 0)
-    assert "stays at 0.50 and its action at 1.00" in message
+    assert "stays at 0.50, its action is from 1.00 to 1.00" in message
+    change(folder, 1, action=setting(slice(7, None), 3, -1.0))  # and where it was told to, all the more
+    assert "stays at 0.50, its action is from -1.00 to 1.00" in only(folder)[-1]
     label_episode(folder, 1, EpisodeLabel(all_fail=True))
     assert not [f for f in findings(folder) if f.check == "gripper"]
 
@@ -236,6 +238,14 @@ def test_l8_a_gripper_action_that_says_the_other_way(folder):
     severity, check, episode, frame, message = only(folder)
     assert (severity, check, episode, frame) == ("error", "gripper", 2, 7)
     assert "in 2 of 2 ticks in which the gripper moves" in message
+
+
+def test_l8_a_gripper_that_moves_unasked(folder):
+    """A slow leader's closing was recorded as no action at all."""
+    change(folder, 2, action=setting(slice(None), 3, 0.0))
+    severity, check, episode, frame, message = only(folder)
+    assert (severity, check, episode, frame) == ("error", "gripper", 2, 7)
+    assert "the gripper moves by 0.24, and no action asks for it" in message
 
 
 # Pictures
@@ -257,9 +267,9 @@ def test_row_45_frames_stored_as_fractions(filmed):
 
 def test_a_picture_that_freezes_while_the_arm_moves(filmed):
     film(filmed, 2, [picture(2, min(t, 6)) for t in range(ROWS)])
-    severity, check, episode, frame, message = only(filmed)
-    assert (severity, check, episode, frame) == ("error", "frozen frames", 2, 6)
-    assert "stands still for 0.7 s from here" in message  # frames 6 to 13; the closing frame is another
+    (found,) = (f for f in findings(filmed) if f.check == "frozen frames")
+    assert (found.severity, found.episode, found.frame) == ("error", 2, 6)
+    assert "stands still for 0.7 s from here" in found.message  # frames 6 to 13; the closing frame is another
 
 
 def test_a_picture_that_came_twice_is_a_warning(filmed):
@@ -290,14 +300,36 @@ def test_a_camera_is_judged_by_the_numbers_of_a_live_one():
 def test_row_41_light_that_is_another_and_light_that_drifts(filmed, tmp_path):
     """Trained in the morning, 60 %; in the afternoon 27.9 %."""
     film(filmed, 3, [picture(3, t, light=0.6) for t in range(ROWS)])
-    severity, check, episode, frame, message = only(filmed)
-    assert (severity, check, episode, frame) == ("warning", "light", 3, 0)
-    assert "camera wrist: its light is 4" in message  # 40 %, give or take the pictures' own
+    close_with(filmed, 3, lambda c: c.update({"observation.images.wrist": picture(3, ROWS, 0.6)}))
+    (found,) = (f for f in findings(filmed) if f.check == "light")
+    assert (found.severity, found.episode, found.frame) == ("warning", 3, 0)
+    assert "camera wrist: its light is 4" in found.message  # 40 %, give or take the pictures' own
     record(tmp_path / "day", 10, rows=2, light=lambda episode: 1.1 - 0.03 * episode)
     (found,) = (f for f in findings(tmp_path / "day") if f.check == "light drift")
     assert (found.severity, found.episode, found.frame) == ("warning", 9, 0)
     change_said = float(found.message.split("changes by ")[1].split("%")[0])
     assert change_said == pytest.approx(-28, abs=4)  # 0.27 of 0.965, beside the pictures' own differences
+
+
+@pytest.mark.parametrize(
+    ("light", "first"), [(lambda t: 0.4 if t >= 8 else 1.0, 8), (lambda t: 1 - 0.6 * t / ROWS, 10)]
+)
+def test_light_that_changes_within_an_episode(filmed, light, first):
+    """A lamp that goes out, and one that fades: by 43 % of the first three frames' 0.957 at frame 10."""
+    film(filmed, 2, [picture(2, t, light(t)) for t in range(ROWS)])
+    close_with(filmed, 2, lambda c: c.update({"observation.images.wrist": picture(2, ROWS, light(ROWS))}))
+    severity, check, episode, frame, message = only(filmed)
+    assert (severity, check, episode) == ("warning", "light", 2) and abs(frame - first) <= 1
+    assert "from here on its light is up to" in message
+
+
+def test_a_video_that_is_in_another_ones_place(filmed):
+    """Two episodes' videos of one length, exchanged: 0.68 was kept of the one, 0.75 is the other's mean."""
+    film(filmed, 2, [picture(2, t, light=0.9) for t in range(ROWS)])
+    severity, check, episode, frame, message = only(filmed)
+    assert (severity, check, episode, frame) == ("error", "other frames", 2, 0)
+    off = int(message.split("mean is ")[1].split(" of 255")[0])
+    assert off == pytest.approx(12, abs=2)  # a tenth of 120
 
 
 def test_a_video_longer_than_its_rows(filmed):
@@ -421,6 +453,15 @@ def test_row_42_a_start_away_from_the_others(folder):
     assert "0.030 m from where most do, [0.25, 0.00" in message
 
 
+def test_starts_that_are_spread_wide_are_told_of_once_if_at_all(folder):
+    """env.random_ee_range_xy=0.03: five of eight episodes were to be left out."""
+    for episode, x in enumerate((-0.03, -0.02, 0.02, 0.03)):
+        shift_start(folder, episode, np.array([x, 0, 0]))
+    severity, check, episode, _, message = only(folder)
+    assert (severity, check, episode) == ("warning", "start pose", None)
+    assert "half of the episodes start 0.025 m or more from the usual place" in message
+
+
 def shift_start(folder, episode, offset):
     """The same motion from elsewhere, with the joints that belong to it."""
     states, _ = take(episode)
@@ -487,6 +528,15 @@ def test_l2_an_observation_stored_with_the_action_that_led_to_it(folder):
     found = [f for f in findings(folder) if f.severity == "error"]
     assert [(f.check, f.episode, f.frame) for f in found] == [("order of rows", None, None)]
     assert "shift the actions by a row" in found[0].message
+
+
+def test_an_action_scale_that_was_not_the_recorders(folder):
+    """A conversion was told 0.04 where 0.02 had been recorded: the policy would go half as far as was shown."""
+    path = folder / "meta/info.json"
+    path.write_text(path.read_text().replace('"action_scale_m": 0.02', '"action_scale_m": 0.04'))
+    severity, check, episode, _, message = only(folder)
+    assert (severity, check, episode) == ("warning", "action scale", None)
+    assert "the tool goes 50% of the way that actions of 0.04 m ask for" in message
 
 
 def test_l1_entries_that_never_change(folder):

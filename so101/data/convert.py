@@ -36,6 +36,11 @@ class Habits:
         "a row holds the observation before its action, as here, or the one after it, as the original project wrote; "
         "the last row becomes the closing observation, and what followed it is not known",
     )
+    reward: Literal["frame", "next", "none"] | None = option(
+        None,
+        "next.reward is of the frame of its own row, or of the one after it, as here; with rows=after, whose frame is "
+        "the one after, both are the same; none: it is missing, or not believed",
+    )
     ends: Literal["terminal", "timeout"] | None = option(
         None,
         "an episode ended for good (no value beyond), or its time was up, as where a recording goes on after success",
@@ -79,9 +84,10 @@ def require_said(dataset: Dataset, habits: Habits) -> None:
         )
     if actions.ndim != 2 or actions.shape[1] not in (3, 4):
         raise DataError(f"{dataset.folder}: action has shape {actions.shape}, must have 3 or 4 entries a row")
-    given = sum(INTERVENTION in found for found in columns)
+    given, paid = (sum(name in found for found in columns) for name in (INTERVENTION, "next.reward"))
     arm = states[:, : len(ARM_JOINTS)]
     seen = {
+        "reward": f"{paid} of {len(columns)} episodes have the column next.reward",
         "gripper_action": shown("action[3]", actions[:, 3]) if actions.shape[1] == 4 else "action has 3 entries",
         "gripper_position": shown("observation.state[5]", states[:, GRIPPER]),
         "joints": f"they range from {arm.min():.4g} to {arm.max():.4g}",
@@ -104,9 +110,30 @@ def require_said(dataset: Dataset, habits: Habits) -> None:
         raise DataError(
             f"{dataset.folder}: states must be finite, and the first three of action in [-1, 1]; they reach {xyz:.4g}"
         )
-    for name, wrong in _contradictions(habits, arm, states, actions, given < len(columns)).items():
-        if wrong:
+    wrong = _contradictions(habits, arm, states, actions)
+    wrong["intervention"] = habits.intervention == "given" and given < len(columns)
+    wrong["reward"] = habits.reward != "none" and paid < len(columns)
+    for name in wrong:
+        if wrong[name]:
             raise ConfigError(f"{dataset.folder}: {name}={getattr(habits, name)} cannot be: {seen[name]}")
+    _require_own(dataset, habits)
+
+
+def _require_own(dataset: Dataset, habits: Habits) -> None:
+    """Raise ConfigError where a recording of this program says of itself that its habits are others."""
+    own = dataset.schema or {}
+    for name, key, said in (
+        ("action_scale", "action_scale_m", habits.action_scale),
+        ("gripper_step", "gripper_step", habits.gripper_step),
+        ("fps", "fps", dataset.fps),
+    ):
+        if own.get(key, said) != said:
+            raise ConfigError(
+                f"{dataset.folder}: {name}={said} cannot be: it was recorded with {own[key]}, and is not scaled anew"
+            )
+    for name, value in (("rows", "after"), ("reward", "frame")):
+        if getattr(habits, name) == value and any(episode.closing_path for episode in dataset.episodes):
+            raise ConfigError(f"{dataset.folder}: {name}={value} cannot be: this program recorded it")
 
 
 def _choices(name: str) -> str:
@@ -114,9 +141,7 @@ def _choices(name: str) -> str:
     return " | ".join(choices) or "a number"
 
 
-def _contradictions(
-    habits: Habits, arm: np.ndarray, states: np.ndarray, actions: np.ndarray, some_not_given: bool
-) -> dict[str, bool]:
+def _contradictions(habits: Habits, arm: np.ndarray, states: np.ndarray, actions: np.ndarray) -> dict[str, bool]:
     """For each habit whether the data, (n, d) states and actions, says that it is another."""
     opening = states[:, GRIPPER] / SPAN[habits.gripper_position or ""]
     in_rad = bool(np.abs(arm).max() <= ANGLE_LIMIT)  # an arm in degrees, at work, has some joint beyond 6
@@ -127,7 +152,6 @@ def _contradictions(
         "joints": in_rad != (habits.joints == "rad"),
         "velocities": habits.velocities == "kept" and (states.shape[1] < 12 or not kept_unit),
         "tool_pose": habits.tool_pose != "recomputed" and states.shape[1] < len(STATE),
-        "intervention": habits.intervention == "given" and some_not_given,
     }
 
 
@@ -160,24 +184,19 @@ def transitions(episode: Episode) -> int:
 
 
 def convert(episode: Episode, habits: Habits, tool_pose: ToolPose) -> tuple[Columns, Closing]:
-    """An episode's rows and closing observation in this schema, of habits that `require_said` has found possible.
-
-    Raises ConfigError for rows=after where a closing observation was kept: rows of this program are not so.
-    """
+    """An episode's rows and closing observation in this schema, of habits that `require_said` has found possible."""
     columns, closing, count = episode.columns(), episode.closing(), transitions(episode)
     times = np.asarray(columns.get("capture_time", np.arange(episode.length) / episode.fps), float)
     states = columns["observation.state"]
     if closing is not None:
-        if habits.rows == "after":
-            raise ConfigError(
-                f"rows=after cannot be: episode {episode.index} has a closing observation, see rows=before"
-            )
         states, times = np.vstack([states, closing.state]), np.append(times, closing.capture_time)
     if not (np.diff(times) > 0).all():
         raise DataError(f"{episode.data}: capture_time of episode {episode.index} does not grow from row to row")
     states = convert_states(states, times, habits, tool_pose)
     first = int(habits.rows == "after")  # the row that holds the action taken at observation 0
     rows = slice(first, first + count)
+    later = first or int(habits.reward == "frame")
+    reward = np.zeros(episode.length, np.float32) if habits.reward == "none" else columns["next.reward"]
     last = np.arange(count) == count - 1
     by_human = (
         columns[INTERVENTION]
@@ -188,7 +207,7 @@ def convert(episode: Episode, habits: Habits, tool_pose: ToolPose) -> tuple[Colu
     return {
         "observation.state": states[:-1],
         "action": convert_actions(columns["action"][rows], habits),
-        "next.reward": np.asarray(columns.get("next.reward", np.zeros(episode.length)), np.float32)[rows],
+        "next.reward": reward[later : later + count],
         "next.done": last & (habits.ends == "terminal"),
         "next.truncated": last & (habits.ends == "timeout"),
         INTERVENTION: np.asarray(by_human, bool)[rows],

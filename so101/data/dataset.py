@@ -290,6 +290,13 @@ def _check_first(dataset: Dataset) -> None:
             dataset.notes.append(f"camera {camera}: {width}x{height} pixels, not {size[1]}x{size[0]} as info.json says")
 
 
+def require_outside(folder: Path) -> None:
+    """Raise DataError where a folder to be made lies inside a dataset, which would take it for a stray."""
+    for around in folder.resolve().parents:
+        if (around / "meta" / "info.json").exists():
+            raise DataError(f"{folder}: lies inside the dataset {around}, which is never changed; name one outside")
+
+
 def read_info(folder: Path) -> dict[str, Any]:
     """meta/info.json, checked for what reading needs. Raises DataError."""
     path = folder / "meta" / "info.json"

@@ -23,7 +23,7 @@ import av  # isort: skip
 import numpy as np
 
 from so101.data import layout
-from so101.data.dataset import Closing, Dataset, Episode, open_dataset, read_info
+from so101.data.dataset import Closing, Dataset, Episode, open_dataset, read_info, require_outside
 from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
 from so101.data.layout21 import Writer21
 from so101.data.lock import FolderLock
@@ -45,6 +45,7 @@ class Source:
 
     dataset: Dataset
     labels: Labels | None
+    labels_sha256: str | None  # of the file that they were read from
 
     @property
     def folder(self) -> Path:
@@ -96,10 +97,16 @@ def open_source(folder: Path | str, foreign: bool = False) -> Source:
             f"{folder}: another program made it, and it does not say what its numbers mean; make a dataset of it with "
             "`python -m so101.tools.edit convert` first"
         )
+    sha256 = _labels_sha256(folder)
     labels = load_labels(folder, dataset.observations)
-    if labels is not None:
-        labels.check([episode.observations for episode in dataset.episodes])
-    return Source(dataset, labels)
+    if sha256 != _labels_sha256(folder):
+        raise DataError(f"{labels_path(folder)}: was changed while it was read; end the labelling, and do it again")
+    return Source(dataset, labels, sha256)
+
+
+def _labels_sha256(folder: Path | str) -> str | None:
+    path = labels_path(folder)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def cut_label(label: EpisodeLabel, first: int, end: int) -> EpisodeLabel:
@@ -246,10 +253,11 @@ def _made_aside(folder: Path) -> Iterator[Path]:
 
 
 def require_new(folder: Path) -> None:
-    """Raise DataError where there is something by this name, or labels of it."""
+    """Raise DataError where there is something by this name, or labels of it, or it lies inside a dataset."""
     for path in (folder, labels_path(folder)):
-        if path.exists():
+        if os.path.lexists(path):
             raise DataError(f"{path}: is there already, and nothing is ever overwritten; name another folder")
+    require_outside(folder)
 
 
 def _agreed(pieces: Sequence[Piece]) -> Dataset:
@@ -364,11 +372,11 @@ def _provenance(pieces: Sequence[Piece]) -> dict[str, Any]:
     sources: dict[int, dict[str, Any]] = {}
     for piece in pieces:
         if id(piece.source) not in sources:
-            folder, labels = piece.source.folder, labels_path(piece.source.folder)
+            folder = piece.source.folder
             entry: dict[str, Any] = {
-                "name": labels.name.removesuffix(".labels.json"),
+                "name": labels_path(folder).name.removesuffix(".labels.json"),
                 "sha256": digest(folder),
-                "labels_sha256": hashlib.sha256(labels.read_bytes()).hexdigest() if piece.source.labels else None,
+                "labels_sha256": piece.source.labels_sha256,
                 "episodes": [],
             }
             sources[id(piece.source)] = entry

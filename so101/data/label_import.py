@@ -4,11 +4,11 @@ import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import PureWindowsPath
 from typing import Any
 
 from so101.data.labels import EpisodeLabel, Labels, episode_number
-from so101.errors import DataError
+from so101.errors import DataError, tell
 from so101.files import parse_json
 
 
@@ -43,6 +43,8 @@ class _Habits:
         return [[self.frame(start), None if last is None else end(last)] for start, last in ranges]
 
 
+# "# dataset path: data/lamp" or "# /home/somebody/lamp" heads the block of its labels.
+HEADER = re.compile(r"\bdataset(?:[ _]path)?\s*[:=]\s*(\S+)|(?:^|\s)(~?/\S+)", re.IGNORECASE)
 Entry = tuple[str, str | None, int, Any]  # its place in the file, the dataset named there, the episode, what is said
 
 
@@ -56,6 +58,7 @@ def import_labels(
     multiplied: bool | None = None,
     reset_is_failure: bool = False,
     dataset: str | None = None,
+    into: str | None = None,
     observations: Sequence[int] | None = None,
 ) -> dict[int, EpisodeLabel]:
     """Read labels that were not written here. `where` names the file in errors; episodes always count from 0.
@@ -72,6 +75,7 @@ def import_labels(
     `multiplied`: the numbers are images' numbers times `every`; must be said of a JSON with `every` above 1.
     `reset_is_failure`: frames from env reset start on count as failure. Must be true where the column is used.
     `dataset`: the name, in the file, of the one whose labels are wanted, where it has those of several.
+    `into`: the name of the dataset that they are for; a file that names another one is told of, if `dataset` is not.
     `observations`: how many each episode has; then a label past the end is refused here, by this file's name.
 
     Raises DataError with the place, the episode and the value for whatever does not fit.
@@ -93,6 +97,8 @@ def import_labels(
         raise DataError(f"{where}: has no labels in it")
     if len(named) > 1 if dataset is None else dataset not in named:
         raise DataError(f"{where}: has the labels of {', '.join(named)}; say dataset= and the one whose labels to take")
+    if dataset is None and into is not None and entries[0][1] not in (None, into):
+        tell(f"{where}: says that these are the labels of {entries[0][1]}; they are taken for {into} all the same")
     labels = Labels(where)
     habits = _Habits(one_based, end_inclusive, every, bool(multiplied), reset_is_failure)
     for place, name, episode, said in entries:
@@ -109,13 +115,17 @@ def import_labels(
     return labels.episodes
 
 
+def _name(path: str) -> str:
+    return PureWindowsPath(path).name  # which takes either slash
+
+
 def _line_entries(text: str, where: str) -> Iterator[Entry]:
     dataset = None
     for number, line in enumerate(text.splitlines(), 1):
         said, _, comment = line.partition("#")
         if not said.strip():
-            path = re.search(r"(?:^|\s)(~?/\S+)", comment)  # "# dataset path: /home/..." heads its block
-            dataset = PurePosixPath(path[1]).name if path else dataset
+            path = HEADER.search(comment)
+            dataset = _name(path[1] or path[2]) if path else dataset
             continue
         if table := re.fullmatch(r"\s*\w*\s*=?\s*\{(.*)\}\s*", said):
             said = re.sub(r",\s*(?=\d+\s*:|$)", " ", table[1])
@@ -157,7 +167,7 @@ def _json_entries(text: str, where: str) -> Iterator[Entry]:
     if episodes is not None and rest:
         raise DataError(f"{where}: unknown {sorted(rest)}; beside episodes stand only dataset_path and source")
     path = content.get("dataset_path")
-    name = PurePosixPath(path).name if isinstance(path, str) else None
+    name = _name(path) if isinstance(path, str) else None
     for key, entry in (rest if episodes is None else episodes).items():
         yield where, name, episode_number(where, key), entry
 

@@ -111,7 +111,7 @@ def link_or_copy(path: Path, place: Path) -> None:
     """Bring a finished file to a new place: as a link, or as a copy on another disk."""
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(path, place)
+        os.link(path.resolve(), place)  # what a symbolic link leads to
     except OSError:  # another disk, or one that knows no links
         shutil.copyfile(path, place)
         sync_file(place)

@@ -9,18 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from so101.data.dataset import Closing, Dataset, Episode
+from so101.data.dataset import Closing, Dataset, Episode, episode_rows
 from so101.data.labels import EpisodeLabel, Labels, load_labels
+from so101.data.layout import IMAGES
 from so101.data.video import count_frames
 from so101.errors import DataError
 from so101.schema import ACTION, ARM_JOINTS, JOINTS, OPENING, STATE, STATE_FLOOR, TOOL_XYZ
 
 LEAST_MOTION = 0.05  # of a full action; a leader that lies still gives its encoder's jitter, 0.02
 START_TOLERANCE = 0.02  # m per axis; the starts are drawn within 0.01 of home
+START_SPREAD = 2.0  # times as far away as half of the starts are; of those drawn evenly the furthest is 1.4
 AT_BOUND = 0.999  # of a full action
 CLIPPED_SHARE = 0.9  # of an episode's rows with one axis at its bound; the simulated hand's most is 0.57
 LATE = 1.5  # periods; a tick that took longer missed its turn
@@ -35,12 +37,16 @@ TOOL_SPEED = 1.5 * np.sqrt(3)  # full actions a tick; an arm that catches up sta
 LEASH = 0.03  # m that a tool may be from where its actions would have it (0.023)
 DRAGGED = 0.03  # m beyond the leash, in one go, that no action asked for (0.004)
 ASKED_M, FOLLOWED_M = 0.06, 0.01  # actions that ask for as much, and a tool that moves less than that
+REACHED = 0.55  # of the way that actions ask for, over a dataset (0.76; 0.38 were the scale half of what it says)
 OPENING_STEP = 0.05  # of the gripper in a tick that counts as opening or closing (61 of 61 as its action says)
+OPENING_MOVED = 0.1  # of the gripper in an episode, which takes an action
 LOCKED_STD = np.deg2rad(1)
 SAME_GREY, SAME_PART = 24, 1e-3  # of 255; an encoder changes no pixel of a still by more than 15, a moving arm by 111
 STILL_ARM = 0.05  # rad; an arm that moves less may well see the same
 LOOKED_AT = 60  # pixels of a frame's shorter side
 LIGHT_OFF = 0.25  # of the usual light; the simulation varies it by 0.2 from episode to episode
+LIGHT_CHANGE = 0.4  # of an episode's first frames' light; as the view changes, so does it (0.1)
+MEAN_OFF = 5.0  # of 255, a video's mean from the one kept of it: other pixels, and an encoder (1.8)
 LIGHT_TREND, LIGHT_RANGE, LIGHT_EPISODES = 0.8, 0.1, 10  # correlation with the order, change in all, from so many on
 SHARED_ROWS, SHARED_PART = 5, 0.2  # rows that two episodes may have in common are fewer
 LAG_ROWS = 50  # of motion, to tell which came first, action or motion
@@ -144,6 +150,7 @@ class Seen:
     high: np.ndarray
     start: np.ndarray  # (3,) m, where the tool was
     order: np.ndarray  # (3, 3): products of action with the motion before, with and after it; both squared
+    way: np.ndarray  # (2,): products of the way that actions ask for with the tool's, and with itself
     light: dict[str, np.ndarray] = field(default_factory=dict)  # camera -> (3,) of its first frames
     prints: dict[str, dict[int, int]] = field(default_factory=dict)  # camera -> pictures, and where they are
 
@@ -156,6 +163,7 @@ class Linter:
         said = dataset.schema or {}
         self.known = [said.get("state"), said.get("action")] == [list(STATE), list(ACTION)]
         self.scale = float(said.get("action_scale_m", np.nan))
+        self.kept: dict[int, dict[str, Any]] = {}  # what meta/episodes says of the episodes, where it is to be checked
         self.seen: list[Seen] = []
 
     def episode(
@@ -186,7 +194,10 @@ class Linter:
             if not self.known:  # ours may well be a part of its video
                 yield from check_lengths(episode)
         for camera, seen in pictures.items():
-            yield from check_pictures(camera, seen, rows, self.robot, self.known)
+            faults = list(check_pictures(camera, seen, rows, self.robot, self.known))
+            yield from faults
+            if not any(found.check in ("flat frames", "light") for found in faults):  # which say it better
+                yield from check_mean(camera, seen, len(rows.actions), self.kept.get(episode.index, {}))
             if self.seen and self.seen[-1].episode == episode.index:
                 good = [i for i, spread in enumerate(seen.spread) if spread > self.robot.flat_std]
                 if good[:1] == [0]:
@@ -206,16 +217,21 @@ class Linter:
         """What is wrong with the episodes looked at so far, beside each other."""
         found = [*self._lights(), *twins(self.seen)]
         if self.known:
-            found += [*self._starts(), *never_changing(self.seen), *order_of_rows(self.seen)]
+            found += [*self._starts(), *never_changing(self.seen), *what_follows_actions(self.seen, self.scale)]
         return found
 
     def _starts(self) -> Iterator[Finding]:
         if len(self.seen) < 3:
             return
         usual = np.median([seen.start for seen in self.seen], axis=0)
-        for seen in self.seen:
-            off = float(np.abs(seen.start - usual).max())
-            if off > START_TOLERANCE:
+        away = [float(np.abs(seen.start - usual).max()) for seen in self.seen]
+        spread = float(np.median(away))
+        if spread > START_TOLERANCE:
+            said = f"half of the episodes start {spread:.3f} m or more from the usual place, {usual.round(3).tolist()}"
+            todo = "right where env.random_ee_range_xy or _z is as wide; if not, their homes differ: keep those of one"
+            yield Finding("warning", "start pose", None, None, f"{said}; {todo}")
+        for seen, off in zip(self.seen, away, strict=True):
+            if off > max(START_TOLERANCE, START_SPREAD * spread):
                 at = f"starts with the tool at {seen.start.round(3).tolist()} m, {off:.3f} m from where most do"
                 said = f"{at}, {usual.round(3).tolist()}; record it again from the same home, or {LEAVE_OUT}"
                 yield Finding("warning", "start pose", seen.episode, 0, said)
@@ -258,11 +274,11 @@ def lint(
     labels: Labels | None = None
     try:
         labels = load_labels(dataset.folder, dataset.observations)
-        if labels is not None:
-            labels.check([episode.observations for episode in dataset.episodes])
     except DataError as error:
         return [*findings, Finding("error", "labels", None, None, f"{error}; correct the file, or label anew")]
     linter = Linter(dataset, robot)
+    if linter.known and dataset.version.startswith("v3."):
+        linter.kept = {row["episode_index"]: row for row in episode_rows(dataset.folder, with_stats=True)}
     counts, said_otherwise = Counter[bool](), []
     for done, episode in enumerate(dataset.episodes, 1):
         label = labels.episodes.get(episode.index) if labels is not None else None
@@ -416,11 +432,15 @@ def check_pose(rows: Rows, tool_pose: Callable[[np.ndarray], np.ndarray]) -> Ite
 
 
 def check_gripper(rows: Rows, fails: bool) -> Iterator[Found]:
-    """The gripper moves, and the way that its action says. In a failure it need not move."""
+    """The gripper moves, and as its action says. In a failure it need not move."""
     opening, action = rows.states[:, OPENING], rows.actions[:, 3]
-    if not fails and np.ptp(opening) < STATE_FLOOR[OPENING] and np.ptp(action) < LEAST_MOTION:
-        said = f"the gripper stays at {opening[0]:.2f} and its action at {action[0]:.2f}"
+    if not fails and np.ptp(opening) < STATE_FLOOR[OPENING]:
+        said = f"the gripper stays at {opening[0]:.2f}, its action is from {action.min():.2f} to {action.max():.2f}"
         yield Found("warning", "gripper", 0, f"{said}; if the task needs it, {LEAVE_OUT}, and record it again")
+    if np.ptp(opening) > OPENING_MOVED and np.abs(action).max() < LEAST_MOTION:
+        said = f"the gripper moves by {np.ptp(opening):.2f}, and no action asks for it, so nobody learns to"
+        frame = int(np.abs(np.diff(opening)).argmax())
+        yield Found("error", "gripper", frame, f"{said}; {LEAVE_OUT}, and look at what the leader's gripper gives")
     change = np.diff(opening)[: len(action)]
     moved = np.abs(change) > OPENING_STEP
     against = moved & (change * action[: len(change)] < 0)
@@ -506,6 +526,12 @@ def check_pictures(camera: str, seen: Pictures, rows: Rows, robot: Robot, known:
         said = f"camera {camera}: {flat.sum()} of {len(flat)} frames are black or flat"
         light = f"mean {np.mean(seen.light[frame]):.0f} of 255 here"
         yield Found("error", "flat frames", frame, f"{said}, {light}; look at lens and light, and {LEAVE_OUT}")
+    light, lit = np.mean(seen.light, axis=1), np.flatnonzero(~flat)
+    off = np.abs(light[lit] / max(light[lit[:3]].mean(), 1.0) - 1) if lit.size else light[lit]
+    if (off > LIGHT_CHANGE).any():
+        said = f"camera {camera}: from here on its light is up to {off.max():.0%} off that of the first frames"
+        todo = f"keep lamp, blinds and exposure as they are, or {LEAVE_OUT}"
+        yield Found("warning", "light", int(lit[(off > LIGHT_CHANGE).argmax()]), f"{said}; {todo}")
     since = np.array(seen.since)
     ends = np.append(np.flatnonzero(np.diff(since)), len(since) - 1)
     moves = rows.states[:, ARM] if known else rows.states
@@ -521,6 +547,14 @@ def check_pictures(camera: str, seen: Pictures, rows: Rows, robot: Robot, known:
         yield Found(severity, "frozen frames", int(first), f"{said}{times}; look at its cable, and {LEAVE_OUT}")
 
 
+def check_mean(camera: str, seen: Pictures, rows: int, kept: Mapping[str, Any]) -> Iterator[Found]:
+    """A video is the one that was recorded: its mean is what meta/episodes kept of it."""
+    mean, stored = np.mean(seen.light[:rows], axis=0), np.array(kept.get(f"stats/{IMAGES}{camera}/mean"), float) * 255
+    if stored.size == 3 and (off := float(np.abs(mean - stored.ravel()).max())) > MEAN_OFF:
+        said = f"camera {camera}: its frames' mean is {off:.0f} of 255 off the one that was recorded with them"
+        yield Found("error", "other frames", 0, f"{said}: the video is another's; put its own back, or {LEAVE_OUT}")
+
+
 def check_lengths(episode: Episode) -> Iterator[Found]:
     """A video of this episode alone has a frame for each row; one that has fewer cannot be read to its end."""
     for camera, (path, first) in episode.videos.items():
@@ -534,15 +568,17 @@ def compared_by(index: int, rows: Rows, known: bool) -> Seen:
     """What other episodes are held against."""
     both = np.hstack([rows.states[: len(rows.actions)], rows.actions])
     places = {row.tobytes(): place for place, row in reversed(list(enumerate(both)))}
-    order = np.zeros((3, 3))
+    order, way = np.zeros((3, 3)), np.zeros(2)
     if known:
         motion = np.diff(rows.states[:, TOOL_XYZ], axis=0)
         for which, shift in enumerate((-1, 0, 1)):
             t = np.arange(max(0, -shift), min(len(rows.actions), len(motion) - shift))
             action, moved = rows.actions[t, :3], motion[t + shift]
             order[which] = (action * moved).sum(), (action**2).sum(), (moved**2).sum()
+        asked, went = np.cumsum(rows.actions[: len(motion), :3], axis=0), np.cumsum(motion, axis=0)
+        way[:] = [((asked - asked.mean(axis=0)) * other).sum() for other in (went, asked)]
     start = rows.states[0, TOOL_XYZ] if known else np.full(3, np.nan)
-    return Seen(index, places, both.min(axis=0), both.max(axis=0), start, order)
+    return Seen(index, places, both.min(axis=0), both.max(axis=0), start, order, way)
 
 
 def twins(episodes: Sequence[Seen]) -> Iterator[Finding]:
@@ -585,8 +621,11 @@ def never_changing(episodes: Sequence[Seen]) -> Iterator[Finding]:
         yield Finding("warning", "min equals max", None, None, f"{said}; {todo}")
 
 
-def order_of_rows(episodes: Sequence[Seen]) -> Iterator[Finding]:
-    """An action comes before its motion: a recorder that keeps the observation after it tells of the past."""
+def what_follows_actions(episodes: Sequence[Seen], scale: float) -> Iterator[Finding]:
+    """An action comes before its motion: a recorder that keeps the observation after it tells of the past.
+
+    And the tool goes about as far as actions of `scale` m ask for.
+    """
     rows = sum(len(seen.rows) for seen in episodes)
     if rows < LAG_ROWS:
         return
@@ -596,6 +635,11 @@ def order_of_rows(episodes: Sequence[Seen]) -> Iterator[Finding]:
         said = f"actions go with the motion before their row ({before:.2f}), not with the one after ({during:.2f})"
         todo = "each row holds the observation after its action; shift the actions by a row, or record anew"
         yield Finding("error", "order of rows", None, None, f"{said}: {todo}")
+    went, asked = np.sum([seen.way for seen in episodes], axis=0)
+    if went < REACHED * scale * asked:
+        said = f"the tool goes {went / (scale * asked):.0%} of the way that actions of {scale:g} m ask for"
+        todo = "if an old recording was converted, say its recorder's action_scale; if not, look for what holds the arm"
+        yield Finding("warning", "action scale", None, None, f"{said}; {todo}")
 
 
 class Otherwise(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from so101.data import index, layout
-from so101.data.dataset import Closing, episode_rows, open_dataset, read_info
+from so101.data.dataset import Closing, episode_rows, open_dataset, read_info, require_outside
 from so101.data.lock import FolderLock
 from so101.data.stats import (
     Stats,
@@ -419,8 +419,7 @@ class DatasetWriter:
 
 
 def _make(folder: Path, info: dict[str, Any]) -> None:
-    if around := next((up for up in folder.resolve().parents if (up / "meta" / "info.json").is_file()), None):
-        raise DataError(f"{folder}: lies inside the dataset {around}, which only its own recording may add to")
+    require_outside(folder)
     with new_folder(folder) as aside:
         (aside / "meta").mkdir()
         write_atomic(aside / "meta" / "info.json", _json(info))

@@ -35,7 +35,7 @@ from so101.tools.lint import tool_pose
 # The original project's gripperframe: our tool's point; x along the approach, z where gripper_link has its x.
 GRIPPERFRAME = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])  # its axes, as columns, in gripper_link
 
-CHOICE = "0-4,7 of each source (4 included), or NAME:0-4,7 NAME:3- by the name of its folder"
+CHOICE = "0-4,7 of each source (4 included), or NAME:0-4,7 NAME:3- by the name of its folder, or the end of its path"
 
 
 @dataclass
@@ -226,13 +226,18 @@ def numbers(key: str, said: str, sources: list[Source]) -> set[tuple[int, int]]:
     Raises ConfigError for a source or an episode that is not there.
     """
     counts = [len(source.dataset.episodes) for source in sources]
-    names = [source.folder.name for source in sources]
+    paths = [source.folder.absolute().parts for source in sources]
+    names = [path[-1] for path in paths]
     found = set()
     for word in said.split():
         name, colon, ranges = word.rpartition(":")
-        places = [place for place, other in enumerate(names) if not colon or other == name]
+        tail = Path(name).parts
+        places = [place for place, path in enumerate(paths) if not colon or path[-len(tail) :] == tail]
         if not places:
             raise ConfigError(f"{key}: got {name!r}, the sources are {', '.join(names)}")
+        if colon and len(places) > 1:
+            several = ", ".join(str(sources[place].folder) for place in places)
+            raise ConfigError(f"{key}: got {name!r}, which is each of {several}; say more of its path")
         for part in ranges.split(","):
             span = re.fullmatch(r"(\d+)(-(\d*))?", part)
             if span is None:

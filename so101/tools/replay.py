@@ -25,7 +25,8 @@ from so101.schema import ACTION, OPENING, STATE, TOOL_XYZ, Preprocess, RewardSpe
 
 OPENING_TOLERANCE = 0.1
 TURNED = slice(STATE.index("tool.roll"), STATE.index("tool.yaw") + 1)
-NEEDED = ("state", "action", "units", "action_scale_m", "gripper_step", "fps")  # cameras and crop move nothing
+MEANING = ("state", "action", "units")  # cameras and crop move nothing
+SCALES = ("action_scale_m", "gripper_step", "fps")  # of the config; `convert` changes none of them
 
 
 @dataclass
@@ -78,12 +79,12 @@ def read_recording(dataset: Dataset, number: int, schema: dict) -> Recording:
     convert = "`python -m so101.tools.edit convert` makes a copy under this schema"
     if dataset.schema is None:
         raise DataError(f"{dataset.folder}: does not say what its actions mean, so none is replayed; {convert}")
-    try:
-        require_same(
-            {key: dataset.schema.get(key) for key in NEEDED}, {key: schema[key] for key in NEEDED}, str(dataset.folder)
-        )
-    except DataError as error:
-        raise DataError(f"{error} {convert}") from None
+    for keys, todo in ((MEANING, f" {convert}"), (SCALES, "")):
+        stored = {key: dataset.schema.get(key) for key in keys}
+        try:
+            require_same(stored, {key: schema[key] for key in keys}, str(dataset.folder))
+        except DataError as error:
+            raise DataError(f"{error}{todo}") from None
     found = next((episode for episode in dataset.episodes if episode.index == number), None)
     if found is None:
         raise DataError(f"{name}: is not there; it has {len(dataset.episodes)} episodes, counted from 0")
