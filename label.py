@@ -13,7 +13,6 @@ beside the dataset, which itself is never changed. Over SSH the page prints the 
 """
 
 import re
-import shutil
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -21,11 +20,12 @@ from pathlib import Path
 import cv2
 
 from so101.config import launch, option, require_within
-from so101.data.dataset import Dataset, Episode, open_dataset
+from so101.data.dataset import Dataset, Episode, open_dataset, require_outside
 from so101.data.label_import import import_labels
 from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
 from so101.data.lock import alone_in
 from so101.errors import ConfigError, DataError
+from so101.files import new_folder
 from so101.images import preprocess
 from so101.runlog import Progress
 from so101.schema import Preprocess
@@ -163,7 +163,8 @@ def take_in(config: Config, dataset: Dataset, labels: Labels) -> None:
         multiplied=config.multiplied,
         reset_is_failure=config.reset_is_failure,
         dataset=config.named,
-        observations=[episode.observations for episode in dataset.episodes],
+        observations=dataset.observations,
+        into=labels.dataset,
     )
     for episode, label in new.items():
         old = labels.episodes.get(episode)
@@ -206,24 +207,13 @@ def extract(config: Config, dataset: Dataset, folder: Path) -> None:
 
     Raises DataError where the folder exists or lies inside the dataset, or the crop does not fit.
     """
-    if folder.exists():
-        raise DataError(f"{folder}: exists already; name another with extract=")
-    if dataset.folder.resolve() in folder.resolve().parents:
-        raise DataError(f"{folder}: lies inside the dataset, which is never changed; name one outside")
+    require_outside(folder)
     spec = network_image(config, dataset)
-    aside = folder.with_name(f".{folder.name}.tmp")  # renamed when whole
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        with Progress("extract", len(dataset.episodes), "episode") as progress:
-            for episode in dataset.episodes:
-                extract_episode(config, dataset, episode, spec, aside)
-                progress.update(episode.index + 1)
-    except BaseException:
-        shutil.rmtree(aside)
-        raise
-    count = len(list(aside.iterdir()))
-    aside.rename(folder)
+    with new_folder(folder) as aside, Progress("extract", len(dataset.episodes), "episode") as progress:
+        for episode in dataset.episodes:
+            extract_episode(config, dataset, episode, spec, aside)
+            progress.update(episode.index + 1)
+        count = len(list(aside.iterdir()))
     print(f"{folder}: {count} pictures")
 
 

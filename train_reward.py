@@ -110,7 +110,7 @@ def evaluate(config: Config, folder: str) -> None:
     if dataset.schema is None:
         raise DataError(f"{dataset.folder}: says nothing of its states and cameras; convert it first")
     trained_on = read_reward_file(output).provenance
-    trunk = load_resnet10(config.encoder or trained_on.get("config", {}).get("encoder"))
+    trunk = load_resnet10(config.encoder or (trained_on.get("config") or {}).get("encoder"))
     detector = load_reward(output, dataset.schema, trunk_hash(trunk))
     if trained_on.get("dataset") == str(dataset.folder):
         print(f"warning: {dataset.folder} is what it was trained on; this says nothing of other episodes")

@@ -129,6 +129,11 @@ class Chromium:
         """Go to another window."""
         self._ask("POST", "window", handle=name)
 
+    def delay(self, milliseconds: float) -> None:
+        """Let every answer come so much later."""
+        conditions = {"offline": False, "latency": milliseconds, "throughput": -1}
+        self._ask("POST", "chromium/network_conditions", network_conditions=conditions)
+
     def close(self) -> None:
         """Close the window; `switch` to another one."""
         self._ask("DELETE", "window")

@@ -70,7 +70,7 @@ def make_foreign(folder: Path, cameras: dict[str, tuple[int, int]]) -> Path:
     return folder
 
 
-def save_sure_classifier(folder: Path, schema: dict[str, Any], threshold: float = 0.0) -> Path:
+def save_sure_classifier(folder: Path, schema: dict[str, Any], threshold: float = 0.0, guard: Any = None) -> Path:
     """A classifier of random weights; with the threshold 0 it sees success everywhere, with 1 nowhere."""
     import torch
 
@@ -79,7 +79,7 @@ def save_sure_classifier(folder: Path, schema: dict[str, Any], threshold: float 
 
     torch.manual_seed(0)
     classifier = SuccessClassifier(len(schema["cameras"]), schema["image"]["image_size"] // 32)
-    detector = SuccessDetector(classifier, threshold, None, 3)
+    detector = SuccessDetector(classifier, threshold, guard, 3)
     save_reward(folder, detector, schema, trunk_hash(load_resnet10(None)), {"config": {"encoder": None}})
     return folder
 

@@ -3,7 +3,9 @@
 import gzip
 import http.client
 import json
+import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 from label_data import SMALL, files_of, full, make, make_foreign, save_sure_classifier, shade, stored
 
 from so101.data.dataset import open_dataset
@@ -20,8 +23,8 @@ from so101.data.labels import EpisodeLabel, label_episode
 from so101.errors import ConfigError, DataError
 from so101.learn.eyes import Eyes
 from so101.schema import Preprocess
-from so101.web.label_page import LabelPage, why_read_only
-from so101.web.server import MOST_BYTES, Request, Server, as_json
+from so101.web.label_page import LabelPage, _plain, why_read_only
+from so101.web.server import MOST_BYTES, PATIENCE, STRANGER_PATIENCE, Request, Server, _Handler, as_json
 
 
 class Client:
@@ -42,6 +45,9 @@ class Client:
         return json.loads(content) if content[:1] in b"{[" else (status, content)
 
     def post(self, **values: Any) -> Any:
+        if "recorded" not in values:
+            rows = self.get("api/episodes").get("episodes", [])
+            values["recorded"] = dict(enumerate(row["recorded"] for row in rows)).get(values["episode"])
         body = json.dumps(values).encode()
         return json.loads(self.raw("POST", f"/{self.token}/api/label", body, Origin=f"http://{self.host}")[1])
 
@@ -155,27 +161,63 @@ def test_it_listens_on_this_machine_only_and_a_taken_port_is_told() -> None:
 
 
 def test_a_browser_is_opened_where_there_is_a_screen_and_over_ssh_the_tunnel_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
     monkeypatch.setattr("sys.platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    doorways: list[tuple[str, int]] = []
+
+    def serve_forever() -> None:
+        if wanted:
+            (way,) = tmp_path.iterdir()
+            doorways.append((way.read_text(), way.stat().st_mode & 0o777))
+            assert wait_for(lambda: opened) == [way.as_uri()]
+
     with Server({}) as server:
-        monkeypatch.setattr(server, "serve_forever", lambda: None)
+        monkeypatch.setattr(server, "serve_forever", serve_forever)
+        wanted = False
         server.run(open_browser=True)  # no screen
         monkeypatch.setenv("DISPLAY", ":0")
         server.run(open_browser=False)
         assert opened == []
+        wanted = True
         server.run(open_browser=True)
-        assert wait_for(lambda: opened) == [server.address]
+        ((leads_to, mode),) = doorways
+        assert f"url={server.address}" in leads_to and (os.name != "posix" or mode == 0o600)
+        assert server.token not in opened[0]  # it is the browser's command line, and every user can read that
+        assert list(tmp_path.iterdir()) == []
         assert "ssh" not in capsys.readouterr().out
         monkeypatch.setenv("SSH_CONNECTION", "192.0.2.7 50000 192.0.2.9 22")
+        wanted = False
         server.run(open_browser=True)
         assert len(opened) == 1
         port = server.server_port
         assert f"ssh -N -L {port}:127.0.0.1:{port} " in capsys.readouterr().out
+
+
+def test_a_connection_without_the_token_is_soon_closed(wire: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _Handler.timeout == STRANGER_PATIENCE < PATIENCE
+    monkeypatch.setattr(_Handler, "timeout", 0.1)
+    host, port = wire.host.split(":")
+    assert wire.get("echo?a=1") == {"a": "1"}
+    kept = wire.wire.sock
+    for sent in (b"", b"GET /x HTTP/1.1\r\n", f"GET /x HTTP/1.1\r\nHost: {wire.host}\r\n\r\n".encode()):
+        with socket.create_connection((host, int(port)), timeout=5) as idle:
+            idle.sendall(sent)
+            while idle.recv(4096):
+                pass
+    assert wire.get("echo?a=2") == {"a": "2"} and wire.wire.sock is kept  # after longer than that
+
+
+def test_an_address_that_is_none_is_refused_without_a_traceback(
+    wire: Client, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert wire.raw("GET", "http://[", Host=wire.host)[0] == 400
+    assert capfd.readouterr() == ("", "")
 
 
 def test_large_text_is_compressed_for_who_takes_it() -> None:
@@ -249,6 +291,7 @@ def test_a_label_goes_into_the_file_and_shows_frame_by_frame(client: Client, fol
         ({"label": {"all_fail": True}, "episode": 3}, "episode 3: the dataset has 3"),
         ({"label": {"all_fail": True}, "episode": "0"}, "episode '0'"),
         ({"label": {"all_fail": True}, "frames": 1}, "and nothing else"),
+        ({"label": {"all_fail": True}, "recorded": "1.2.3"}, "episode 1: was recorded anew meanwhile; look at it"),
     ],
 )
 def test_what_is_no_label_is_refused_in_words(client: Client, folder: Path, body: dict[str, Any], said: str) -> None:
@@ -274,6 +317,42 @@ def test_what_a_recorder_appends_appears(client: Client, folder: Path) -> None:
     now = client.get(f"api/episodes?version={first['version']}")
     assert len(now["episodes"]) == 4 and now["episodes"][3]["text"] == "from 5"
     assert client.picture("api/frame?episode=3&camera=wrist&frame=0").shape == (48, 64, 3)
+
+
+def test_a_dataset_that_is_recorded_anew_is_seen_anew_and_not_labelled_unseen(
+    client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = "api/frame?episode=1&camera=wrist&frame=3"
+    first = client.get("api/episodes")
+    assert client.picture(where)[40, 30, 0] == pytest.approx(shade(1, 3), abs=3)
+    make(folder, episodes=1)  # what was there stays what it was
+    grown = client.get("api/episodes")
+    assert [row["recorded"] for row in grown["episodes"][:3]] == [row["recorded"] for row in first["episodes"]]
+    shutil.rmtree(folder)
+    assert "is not a dataset" in client.get("api/episodes")["error"]
+    monkeypatch.setattr("label_data.shade", lambda episode, frame: 200 - 10 * frame)
+    make(folder, episodes=4)
+    old = grown["episodes"][1]["recorded"]
+    error = client.post(episode=1, before=None, label=full(success_start=3), recorded=old)["error"]
+    assert "episode 1: was recorded anew meanwhile" in error and stored(folder) == {}
+    now = client.get(f"api/episodes?version={grown['version']}")
+    assert now["episodes"][1]["recorded"] != old
+    assert client.picture(where)[40, 30, 0] == pytest.approx(170, abs=3)
+    client.post(episode=1, before=None, label=full(success_start=3))
+    assert stored(folder) == {"1": {"success_start": 3}}
+    shutil.rmtree(folder)
+    make(folder, image={"crop": [0, 8, 48, 48], "image_size": 64})
+    assert "made anew with another rate, camera or schema" in client.get("api/episodes")["error"]
+
+
+def test_a_label_that_is_refused_as_the_dataset_is_gone_is_not_saved(client: Client, folder: Path) -> None:
+    rows = client.get("api/episodes")["episodes"]
+    info = folder / "meta" / "info.json"
+    text = info.read_text()
+    for torn in (text[:100], None):
+        info.unlink() if torn is None else info.write_text(torn)
+        answer = client.post(episode=1, before=None, label=full(all_fail=True), recorded=rows[1]["recorded"])
+        assert "info.json" in answer["error"] and stored(folder) == {}
 
 
 def test_a_label_that_the_disk_does_not_take_is_told_and_the_file_stays(client: Client, folder: Path) -> None:
@@ -320,6 +399,8 @@ def test_curves_are_the_columns_with_their_names(client: Client) -> None:
     assert curves["observation.state"][12]["name"] == "tool.x"
     assert curves["observation.state"][12]["values"] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
     assert curves["complementary_info.is_intervention"][0]["values"] == [0.0] * 6 + [1.0] * 3
+    values = np.array([2047.0, 2049.0, 123456789.0, np.float32(0.1), 0.12345678, np.inf, np.nan])
+    assert _plain(values) == [2047.0, 2049.0, 123456789.0, 0.1, 0.1234568, None, None]
 
 
 def test_a_foreign_dataset_is_shown_and_labelled_and_a_crop_that_does_not_fit_is_told(tmp_path: Path) -> None:
@@ -388,6 +469,55 @@ def test_the_judge_says_of_each_frame_what_the_live_classifier_would(folder: Pat
             p = eyes.detector.probability(eyes.encoder.encode(small[None])[0])
             assert abs(answers[episode.index]["probability"][index] - p) < 2e-4
             assert answers[episode.index]["success"][index] == str(int(p > 0.5))
+
+
+def test_the_judge_takes_a_few_frames_at_once_names_the_guard_and_judges_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from so101.learn.reward import StateGuard
+    from so101.web import judge as module
+
+    dataset = open_dataset(folder)
+    assert dataset.schema is not None
+    guard = StateGuard((0.25, 0.65), (-1.0, 2.0))  # the tool's height is row / 10
+    reward = save_sure_classifier(tmp_path / "reward", dataset.schema, guard=guard)
+    read: list[int] = []  # frames before each batch
+
+    def preprocess(frame: np.ndarray, spec: Preprocess) -> np.ndarray:
+        read[-1] += 1
+        return plain(frame, spec)
+
+    def run_trunk(pixels: torch.Tensor) -> torch.Tensor:
+        read.append(0)
+        return trunk(pixels)
+
+    plain = module.preprocess
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "preprocess", preprocess)
+    judge = module.Judge(reward, dataset)
+    trunk = judge._eyes.encoder.run_trunk
+    monkeypatch.setattr(judge._eyes.encoder, "run_trunk", run_trunk)
+    read.append(0)
+    recorded = {0: "a"}
+    wait_for(lambda: judge.answers(dataset.episodes[:1], recorded, 0, 0)["waiting"] == 0)
+    assert read == [4, 4, 2, 0]
+    (answer,) = judge.answers(dataset.episodes[:1], recorded, 0, 0)["judged"]
+    assert answer["success"] == "ggg1111ggg" and answer["recorded"] == "a"
+    recorded = {0: "b"}
+    wait_for(lambda: judge.answers(dataset.episodes[:1], recorded, 0, 1)["judged"])
+    assert judge.answers(dataset.episodes[:1], recorded, 0, 1)["judged"][0]["recorded"] == "b"
+
+
+def test_a_classifier_without_its_encoders_name_is_refused(folder: Path, tmp_path: Path) -> None:
+    from so101.web.judge import Judge
+
+    dataset = open_dataset(folder)
+    reward = save_sure_classifier(tmp_path / "reward", dataset.schema or {})
+    about = json.loads((reward / "reward.json").read_text())
+    for wrong in (None, [], {"encoder": 3}):
+        (reward / "reward.json").write_text(json.dumps({**about, "provenance": {"config": wrong}}))
+        with pytest.raises(DataError, match=r"reward\.json: provenance\.config must hold the encoder's name"):
+            Judge(reward, dataset)
 
 
 def test_a_classifier_of_another_schema_is_refused_by_what_differs(folder: Path, tmp_path: Path) -> None:

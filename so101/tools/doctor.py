@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -66,7 +65,7 @@ class Config:
 
     rig: str | None = option(None, "JSON file of the rig (configs/rig.json); null: the simulated one")
     dataset: str | None = option(None, "folder of a dataset to open; null: none")
-    json: bool = option(False, "print one JSON object instead of lines; --json does the same")
+    json: bool = option(False, "print one JSON object instead of lines")
 
     def __post_init__(self) -> None:
         if self.dataset == "":
@@ -314,5 +313,4 @@ def check_dataset(folder: str) -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    sys.argv = ["json=true" if word == "--json" else word for word in sys.argv]
     launch(Config, main, __doc__ or "")

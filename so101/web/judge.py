@@ -1,18 +1,18 @@
 """What a reward classifier says of a dataset's frames, computed beside the page that shows it."""
 
 import threading
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from so101.config import load
 from so101.data.dataset import Dataset, Episode
-from so101.errors import ConfigError, DataError, UserError
+from so101.errors import DataError, UserError
 from so101.images import preprocess
 from so101.learn.eyes import Eyes
-from so101.learn.reward import RewardFile
+from so101.learn.reward import read_reward_file
 from so101.schema import Preprocess
 
 BATCH = 16  # frames through the trunk at once; more is no faster on a CPU
@@ -25,16 +25,15 @@ class Judge:
         """Raises DataError where the classifier is damaged, or was made for other states, cameras or frames."""
         if dataset.schema is None:
             raise DataError(f"{dataset.folder}: says nothing of its states, so no classifier fits; convert it first")
-        try:
-            about = load(RewardFile, folder / "reward.json")
-        except ConfigError as error:
-            raise DataError(f"no usable reward classifier: {error}") from error
-        encoder = about.provenance.get("config", {}).get("encoder")
+        trained = read_reward_file(folder).provenance.get("config")
+        if not isinstance(trained, dict) or not isinstance(encoder := trained.get("encoder"), str | None):
+            raise DataError(f"{folder / 'reward.json'}: provenance.config must hold the encoder's name, or null for it")
         self._eyes = Eyes(encoder, folder, dataset.schema, views=0, pad=0, seed=0, device="cpu")
         self._spec, self._cameras = Preprocess(**dataset.schema["image"]), dataset.schema["cameras"]
         self._changed = threading.Condition()
+        self._known: dict[int, str] = {}  # episodes handed in so far -> their `recorded`
         self._waiting: dict[int, Episode] = {}
-        self._known = 0  # episodes handed in so far
+        self._now: tuple[int, int] | None = None  # episode that is being judged, how many of its frames are
         self._first: int | None = None
         self._judged: list[dict[str, Any]] = []
         threading.Thread(target=self._run, name="judge", daemon=True).start()
@@ -44,44 +43,50 @@ class Judge:
         """A frame above it counts as success."""
         return self._eyes.detector.threshold
 
-    def answers(self, episodes: list[Episode], first: int, since: int) -> dict[str, Any]:
+    def answers(self, episodes: list[Episode], recorded: dict[int, str], first: int, since: int) -> dict[str, Any]:
         """What was judged after the first `since` answers, and how many episodes wait; `first` is the next one.
 
-        `episodes` are all there are by now. Each answer is an episode with its frames' `probability` and
-        `success` ("1" where it is above the threshold and the guard allows it), or with an `error`.
+        `episodes` are all there are by now, and those whose `recorded` changed are judged again. Each answer is an
+        episode with its frames' `probability` and `success` ("1" above the threshold, "g" where the state guard then
+        forbids it, else "0"), or with an `error`. `now`: the one that is being judged, and how many frames were.
         """
         with self._changed:
-            self._waiting.update({episode.index: episode for episode in episodes[self._known :]})
-            self._known, self._first = len(episodes), first
+            for episode in episodes:
+                stamp = recorded.get(episode.index, "")
+                if self._known.get(episode.index) != stamp:
+                    self._known[episode.index], self._waiting[episode.index] = stamp, episode
+            self._first = first
             self._changed.notify()
-            return {"judged": self._judged[since:], "waiting": self._known - len(self._judged)}
+            waiting = len(self._waiting) + (self._now is not None)
+            return {"judged": self._judged[since:], "waiting": waiting, "now": self._now}
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 index = self._first if self._first in self._waiting else min(self._waiting)
-                episode = self._waiting.pop(index)
+                episode, recorded, self._now = self._waiting.pop(index), self._known[index], (index, 0)
             try:
                 answer = self._judge(episode)
             except UserError as error:  # a damaged file; the other episodes can still be judged
                 answer = {"error": str(error)}
             with self._changed:
-                self._judged.append({"episode": index, **answer})
+                self._judged.append({"episode": index, "recorded": recorded, **answer})
+                self._now = None
 
     def _judge(self, episode: Episode) -> dict[str, Any]:
-        closing = episode.closing()
-        views = []
-        for camera in self._cameras:
-            frames = [preprocess(frame, self._spec) for frame in episode.frames(camera)]
-            views.append(np.stack(frames + ([preprocess(closing.frames[camera], self._spec)] if closing else [])))
-        states = episode.columns()["observation.state"]
+        found: list[float] = []
+        observed = zip(*map(episode.observed, self._cameras), strict=True)
+        while part := list(islice(observed, BATCH)):  # never the whole episode: 20,000 frames are 1 GB
+            views = np.stack([np.stack([preprocess(frame, self._spec) for frame in frames]) for frames in part])
+            features = self._eyes.encoder.run_trunk(torch.from_numpy(views)).half()
+            found += self._eyes.detector.classifier.probabilities(features).tolist()
+            self._now = episode.index, len(found)
+        states, closing = episode.columns()["observation.state"], episode.closing()
         states = states if closing is None else np.concatenate([states, closing.state[None]])
-        pixels = torch.from_numpy(np.stack(views, axis=1)).split(BATCH)  # (n, cameras, S, S, 3) each
-        trunk, detector = self._eyes.encoder.run_trunk, self._eyes.detector
-        found = np.concatenate([detector.classifier.probabilities(trunk(part).half()) for part in pixels])
-        allowed = [detector.guard is None or detector.guard.allows(state) for state in states]
-        return {
-            "probability": [round(float(value), 4) for value in found],
-            "success": "".join(str(int(hit)) for hit in (found > detector.threshold) & np.array(allowed)),
-        }
+        threshold, guard = self._eyes.detector.threshold, self._eyes.detector.guard
+        success = [
+            "0" if p <= threshold else "1" if guard is None or guard.allows(state) else "g"
+            for p, state in zip(found, states, strict=True)
+        ]
+        return {"probability": [round(p, 4) for p in found], "success": "".join(success)}

@@ -46,6 +46,7 @@ class LabelPage:
         self.dataset, self.spec, self.judge, self.read_only = dataset, spec, judge, read_only
         self.labels_file = labels_path(dataset.folder)
         self._opened = _stamp(dataset.folder / "meta" / "info.json")
+        self._recorded = {episode.index: _stamp(episode.data) for episode in dataset.episodes}
         self._saving, self._decoding = threading.Lock(), threading.Lock()
         self._decode = functools.lru_cache(KEPT_FRAMES)(self._decode_anew)
 
@@ -92,15 +93,24 @@ class LabelPage:
     def episodes(self, request: Request) -> Answer:
         """Every episode with its label, or only the `version` where that is what the page knows already."""
         self._reopen()
-        version = f"{_stamp(self.labels_file)}-{len(self.dataset.episodes)}"
-        if request.query.get("version") == version:
-            return as_json({"version": version})
-        problem, labels = None, {}
+        if request.query.get("version") == self._version():
+            return as_json({"version": self._version()})
+        return self._listed()
+
+    def _version(self) -> str:
+        return f"{_stamp(self.labels_file)}-{self._opened}"
+
+    def _listed(self) -> Answer:
+        """Every episode with its label; `recorded` is another where it was recorded anew."""
+        version, problem, labels = self._version(), None, {}
         try:
             labels = self._labels()
         except DataError as error:
             problem = str(error)
-        rows = [_row(episode, labels.get(episode.index)) for episode in self.dataset.episodes]
+        rows = [
+            {**_row(episode, labels.get(episode.index)), "recorded": self._recorded.get(episode.index)}
+            for episode in self.dataset.episodes
+        ]
         return as_json({"version": version, "problem": problem, "episodes": rows})
 
     def frame(self, request: Request) -> Answer:
@@ -128,37 +138,50 @@ class LabelPage:
         if self.judge is None:
             raise DataError("no classifier was given; start label.py with reward_model=FOLDER")
         return as_json(
-            self.judge.answers(self.dataset.episodes, request.number("first"), max(0, request.number("since")))
+            self.judge.answers(
+                self.dataset.episodes, self._recorded, request.number("first"), max(0, request.number("since"))
+            )
         )
 
     def label(self, request: Request) -> Answer:
-        """Give an episode a label, or take it away (null), if it still has the one that the page saw `before`."""
+        """Give an episode a label, or take it away (null), if it still has the one that the page saw `before`.
+
+        And if it is still the one that the page showed, which `recorded` says.
+        """
         if self.read_only:
             raise DataError(self.read_only)
-        if not isinstance(request.body, dict) or set(request.body) != {"episode", "label", "before"}:
-            raise DataError('a label needs "episode", "label" and "before", and nothing else')
+        if not isinstance(request.body, dict) or set(request.body) != {"episode", "recorded", "label", "before"}:
+            raise DataError('a label needs "episode", "recorded", "label" and "before", and nothing else')
         with self._saving:
+            self._reopen()  # before anything is saved: afterwards, its error would pass for one of saving
             episode = self._episode(request.body["episode"])
+            if request.body["recorded"] != self._recorded.get(episode.index):
+                raise DataError(f"episode {episode.index}: was recorded anew meanwhile; look at it, and label it then")
             label, before = _label(request.body["label"]), _label(request.body["before"])
-            now = self._labels().get(episode.index)
-            if now != before:
-                raise DataError(
-                    f"episode {episode.index}: was labelled {now or 'not at all'} elsewhere meanwhile, and that is "
-                    f"kept; look at it, and say yours again if it is right"
-                )
             if label is not None:
                 label.success(episode.observations)  # refuses frames that are not there
-            label_episode(self.dataset.folder, episode.index, label)
-        return self.episodes(Request({}))
+            label_episode(self.dataset.folder, episode.index, label, before)
+        return self._listed()
 
     def _labels(self) -> dict[int, EpisodeLabel]:
         return Labels.load(self.labels_file).episodes if self.labels_file.exists() else {}
 
     def _reopen(self) -> None:
-        """Take in what a recorder has appended; it writes info.json after each episode."""
-        stamp = _stamp(self.dataset.folder / "meta" / "info.json")
-        if stamp != self._opened:
-            self.dataset, self._opened = open_dataset(self.dataset.folder), stamp
+        """Take in what a recorder has appended, or recorded anew; it writes info.json after each episode.
+
+        Raises DataError where the folder holds no dataset any more, or one that what the page knows does not fit.
+        """
+        folder = self.dataset.folder
+        stamp = _stamp(folder / "meta" / "info.json")
+        if stamp == self._opened:
+            return
+        dataset = open_dataset(folder)
+        if any(getattr(dataset, name) != getattr(self.dataset, name) for name in ("fps", "cameras", "schema")):
+            raise DataError(f"{folder}: was made anew with another rate, camera or schema; start label.py anew")
+        recorded = {episode.index: _stamp(episode.data) for episode in dataset.episodes}
+        with self._decoding:
+            self.dataset, self._recorded, self._opened = dataset, recorded, stamp
+            self._decode.cache_clear()
 
     def _episode(self, index: Any) -> Episode:
         count = len(self.dataset.episodes)
@@ -169,12 +192,12 @@ class LabelPage:
     def _pixels(self, request: Request) -> np.ndarray:
         """The frame that is asked for, (H, W, 3) uint8 RGB, not to be changed."""
         camera, frame = request.query.get("camera", ""), request.number("frame")
-        episode = self._episode(request.number("episode"))
-        if camera not in self.dataset.cameras:
-            raise DataError(f"camera {camera!r}: the dataset has {', '.join(self.dataset.cameras) or 'none'}")
-        if not 0 <= frame < episode.observations:
-            raise DataError(f"episode {episode.index}: has {episode.observations} frames and no frame {frame}")
         with self._decoding:  # one decoder at a time; what waits here is then found in the cache
+            episode = self._episode(request.number("episode"))
+            if camera not in self.dataset.cameras:
+                raise DataError(f"camera {camera!r}: the dataset has {', '.join(self.dataset.cameras) or 'none'}")
+            if not 0 <= frame < episode.observations:
+                raise DataError(f"episode {episode.index}: has {episode.observations} frames and no frame {frame}")
             return self._decode(episode.index, camera, frame)
 
     def _decode_anew(self, episode: int, camera: str, frame: int) -> np.ndarray:
@@ -216,7 +239,10 @@ def _entry_names(names: Any, width: int) -> list[str]:
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
-    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values]
+    """None for what is no number; 7 digits, as many as a float32 has, and all of a whole number."""
+    return [
+        None if not np.isfinite(value) else float(value if value.is_integer() else f"{value:.7g}") for value in values
+    ]
 
 
 def _image(suffix: str, frame: np.ndarray, options: list[int]) -> Answer:

@@ -12,10 +12,12 @@ import os
 import re
 import secrets
 import sys
+import tempfile
 import threading
 import traceback
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from getpass import getuser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,6 +33,7 @@ KINDS = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": 
 MOST_BYTES = 1 << 20  # of a POST's body
 LARGE_BYTES = 8192  # from here on text is worth compressing: the labels of 1000 episodes are 300 KB, and then 20
 PATIENCE = 300  # s without a request, after which a kept-alive connection is closed
+STRANGER_PATIENCE = 5  # s, where it has not shown the token: 1000 such connections would leave no room for the page's
 HEADERS = {
     "Cache-Control": "no-store",  # the address holds the token, and must not end up in a cache on the disk
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
@@ -98,7 +101,10 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/{self.token}/"
 
     def run(self, open_browser: bool) -> None:
-        """Say where the page is, open it where there is a screen to open it on, and serve until Ctrl-C."""
+        """Say where the page is, open it where there is a screen to open it on, and serve until Ctrl-C.
+
+        Raises ConfigError where it should be opened and the home folder cannot be written.
+        """
         print(f"{self.address}\nCtrl-C ends it", flush=True)
         remote = os.environ.get("SSH_CONNECTION", "").split()
         if len(remote) == 4:
@@ -106,13 +112,35 @@ class Server(ThreadingHTTPServer):
             place = f"{getuser()}@{remote[2]}" + ("" if remote[3] == "22" else f" -p {remote[3]}")
             print(f"from your own machine, first: ssh -N -L {port}:127.0.0.1:{port} {place}", flush=True)
         elif open_browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)):
-            threading.Thread(target=webbrowser.open, args=(self.address,), daemon=True).start()
+            with _doorway(self.address) as doorway:
+                threading.Thread(target=webbrowser.open, args=(doorway.as_uri(),), daemon=True).start()
+                self.serve_forever()
+                return
         self.serve_forever()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away in the midst of an answer is no error."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
+
+
+@contextmanager
+def _doorway(address: str) -> Iterator[Path]:
+    """A page that leads to `address`, in a file that only this user can read.
+
+    The browser's command line, which every user of the machine sees, then has no token. It lies in the home folder
+    under a plain name, as a browser that is a snap reads neither /tmp nor hidden files.
+    """
+    try:
+        descriptor, name = tempfile.mkstemp(".html", "so101_page_", Path.home())
+    except OSError as error:
+        raise ConfigError(f"open: {Path.home()}: {error.strerror}; say open=false, and open the address") from None
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">\n')
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 class _Refused(Exception):
@@ -123,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keep-alive: through a tunnel each new connection would cost a round trip more
     disable_nagle_algorithm = True  # else the second packet of an answer waits 40 ms for the first one's receipt
     wbufsize = -1
-    timeout = PATIENCE
+    timeout = STRANGER_PATIENCE
     server: Server
 
     def do_GET(self) -> None:
@@ -170,10 +198,14 @@ class _Handler(BaseHTTPRequestHandler):
         host, server = self.headers.get("Host", ""), self.server
         if host not in server.hosts:
             raise _Refused(403, f"Host {host!r} is not this server; through a tunnel both ends need the same port")
-        address = urlsplit(self.path)
+        try:
+            address = urlsplit(self.path)
+        except ValueError:
+            raise _Refused(400, "this is no address") from None
         token, _, name = address.path.removeprefix("/").partition("/")
         if not hmac.compare_digest(token.encode(), server.token.encode()):
             raise _Refused(403, "the address needs the token that was printed when the server started")
+        self.connection.settimeout(PATIENCE)
         route = server.routes.get(f"{method} {name}")
         if route is None:
             raise _Refused(404, "there is nothing here")

@@ -4,6 +4,8 @@
 
 const KEPT = 400; // pictures in memory, 10 to 60 KB each
 const AHEAD = 4; // frames fetched before they are asked for
+const PATIENCE_MS = 10000; // after which a server that does not answer is told of
+const LARGE_MS = 60000; // the same for pictures and curves: 2 MB through a slow tunnel
 const POLL_MS = 2000; // how often the label file is looked at for what others changed
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]; // Okabe and Ito, as in plots.py
 const FRAME = { 1: "var(--success)", 0: "var(--failure)", x: "var(--excluded)", "-": "var(--unlabelled)" };
@@ -11,14 +13,16 @@ const MEANING = { 1: "success", 0: "failure", x: "excluded, so failure", "-": "u
 
 const $ = (id) => document.getElementById(id);
 let about; // what does not change
-let episodes = []; // each {length, observations, task, label, text, problem, frames}
+let episodes = []; // each {length, observations, task, label, text, problem, frames, recorded}
 let version = "";
 let at = { episode: 0, frame: 0 };
+let recorded = null; // which recording of that episode is shown: another one may come in its place
 let direction = 1; // of the last step, for what to fetch ahead
 let playing = null; // who plays: the one call of play() that may go on
 const opened = {}; // episode -> frame at which a range was opened and not yet closed
 const done = []; // what undo takes back: {episode, frame, before, after}
-let judged = new Map(); // episode -> {probability, success} or {error}
+const judged = new Map(); // episode -> {recorded, probability, success} or {recorded, error}
+let heard = 0; // how many such answers came
 let differences = [];
 let visited = null; // the difference that was jumped to last, and its place in the list
 let curves = []; // of the episode that is shown
@@ -27,25 +31,26 @@ let curves = []; // of the episode that is shown
 
 class Refusal extends Error {}
 
-async function ask(path, options) {
+async function ask(path, kind, patience = PATIENCE_MS, options = {}) {
   let answer;
+  let content;
   try {
-    answer = await fetch(path, options);
+    answer = await fetch(path, { ...options, signal: AbortSignal.timeout(patience) });
+    content = await answer[answer.ok ? kind : "json"]();
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer: it was ended, or the tunnel is down. What it had saved is saved.");
+    const why = error.name === "TimeoutError" ? `held up, for ${patience / 1000} s now` : "ended";
+    throw new Error(`The server does not answer: it was ${why}, or the tunnel is down. The list shows what is saved.`);
   }
-  if (answer.ok) return answer;
-  throw new Refusal((await answer.json()).error);
+  if (answer.ok) return content;
+  throw new Refusal(content.error);
 }
-
-const json = async (path, options) => (await ask(path, options)).json();
 
 const pictures = new Map(); // path -> promise of a Blob; the one used last stands last
 
 function picture(kind, camera, { episode, frame }) {
-  const path = `api/${kind}?episode=${episode}&frame=${frame}&camera=${encodeURIComponent(camera)}`;
-  const promise = pictures.get(path) ?? ask(path).then((answer) => answer.blob());
+  const of = `episode=${episode}&recorded=${episodes[episode]?.recorded}`;
+  const path = `api/${kind}?${of}&frame=${frame}&camera=${encodeURIComponent(camera)}`;
+  const promise = pictures.get(path) ?? ask(path, "blob", LARGE_MS);
   pictures.delete(path);
   pictures.set(path, promise);
   promise.catch(() => pictures.delete(path)); // asked for again when it is looked at again
@@ -67,10 +72,9 @@ function allFail(label) {
   return { ...EMPTY, all_fail: true, skip: label?.skip ?? false };
 }
 
-function withRange(label, frame, episode) {
+function withRange(label, frame, episode, first) {
   const codes = [...episodes[episode].frames].map((code) => code === "1" || code === "x");
   const end = label?.success_start ?? (label?.ranges?.at(-1)[1] === null ? label.ranges.at(-1)[0] : Infinity);
-  let first = opened[episode];
   if (first === undefined) {
     if (frame < end) throw new Refusal("Open a range first: [ at its first frame of success.");
     codes.fill(false, end); // no range was opened, so this closes the success that had no end
@@ -102,17 +106,24 @@ function skip(label) {
 // ---- changing one, in the order of the keys
 
 let work = Promise.resolve();
+let pending = 0; // keys whose change is not answered yet
+const unsaved = new Map(); // episode -> {label, why}, until it has that label or was given another
 
+/** `make` gets the place and the open range of when the key was pressed, and the label that earlier keys have made. */
 function change(make) {
   const { episode, frame } = at;
-  enqueue(async () => {
-    const before = episodes[episode].label;
-    const after = make(before, frame, episode);
-    if (equal(before, after)) return say(`Episode ${episode} is labelled so already.`);
-    await save(episode, before, after);
+  const seen = episodes[episode].recorded;
+  const first = opened[episode];
+  if (first !== undefined && make !== exclude && make !== skip) {
     delete opened[episode];
     drawPlace();
-    done.push({ episode, frame, before, after });
+  }
+  enqueue(async () => {
+    const before = episodes[episode].label;
+    const after = make(before, frame, episode, first);
+    if (equal(before, after)) return say(`Episode ${episode} is labelled so already.`);
+    await save(episode, seen, before, after);
+    done.push({ episode, frame, seen, before, after });
     say(`Episode ${episode}: ${episodes[episode].text}.`);
   });
 }
@@ -126,7 +137,7 @@ function undo() {
       done.pop();
       throw new Refusal(`Episode ${last.episode} was changed elsewhere since; that is kept, and not undone.`);
     }
-    await save(last.episode, last.after, last.before);
+    await save(last.episode, last.seen, last.after, last.before);
     done.pop();
     say(`Undone: episode ${last.episode} is ${episodes[last.episode].text} again.`);
   });
@@ -134,24 +145,28 @@ function undo() {
 
 function enqueue(step) {
   if (about.read_only) return say(`Nothing can be changed here: ${about.read_only}.`);
-  work = work.then(step).catch((error) => {
-    if (error instanceof Refusal && !error.unsaved) say(error.message);
-    else trouble(error.message);
-    return refresh().catch(() => {});
-  });
+  showPending(1);
+  work = work.then(step).catch((error) => say(error.message)).finally(() => showPending(-1));
 }
 
-async function save(episode, before, label) {
-  $("saved").textContent = "saving …";
+function showPending(more) {
+  pending += more;
+  if (pending) $("saved").textContent = pending === 1 ? "saving …" : `saving … ${pending} to go`;
+  else if ($("saved").textContent.startsWith("saving")) $("saved").textContent = ""; // nothing was to be saved
+}
+
+async function save(episode, seen, before, label) {
   try {
-    const headers = { "Content-Type": "application/json" };
-    take(await json("api/label", { method: "POST", headers, body: JSON.stringify({ episode, before, label }) }));
+    const body = JSON.stringify({ episode, recorded: seen, before, label });
+    take(await ask("api/label", "json", PATIENCE_MS, { method: "POST", body }));
   } catch (error) {
     $("saved").textContent = "not saved";
-    error.unsaved = true;
-    error.message = `Not saved: ${error.message}`;
-    throw error;
+    unsaved.set(episode, { label, why: error.message });
+    showProblems();
+    if (error instanceof Refusal) await refresh().catch(() => {}); // it may lie at a label that others gave
+    throw new Refusal(`Episode ${episode} is not saved.`);
   }
+  unsaved.delete(episode);
   trouble("");
   $("saved").textContent = `saved ${new Date().toLocaleTimeString([], { hour12: false })}`;
 }
@@ -161,18 +176,28 @@ async function save(episode, before, label) {
 function take(answer) {
   version = answer.version;
   if (!answer.episodes) return;
-  const grown = answer.episodes.length !== episodes.length;
+  const before = episodes.map((episode) => episode.recorded);
   episodes = answer.episodes;
+  const others = episodes.flatMap((episode, index) => (episode.recorded === before[index] ? [] : index));
+  for (const index of others) delete opened[index];
+  for (const [index, { label }] of unsaved) {
+    if (!equal(episodes[index]?.label, label)) continue;
+    unsaved.delete(index); // it had arrived, only its answer had not
+    if (!unsaved.size && !pending) $("saved").textContent = "saved";
+  }
   labelProblem(answer.problem);
-  if (grown) {
+  if (others.length || before.length !== episodes.length) {
     listEpisodes();
     if (about.threshold !== null) pollJudge();
   }
   showLabels();
+  if (episodes[at.episode]?.recorded !== recorded) go(at.episode, at.frame);
 }
 
 async function refresh() {
-  take(await json(`api/episodes?version=${encodeURIComponent(version)}`));
+  const known = version;
+  const answer = await ask(`api/episodes?version=${encodeURIComponent(known)}`, "json");
+  if (version === known) take(answer); // else a label was saved meanwhile, and its answer may be the newer one
 }
 
 let away = false;
@@ -196,15 +221,15 @@ let judging = false;
 async function pollJudge() {
   if (judging) return;
   judging = true;
-  let since = 0;
-  for (const answer of judged.values()) since += answer ? 1 : 0;
   for (let waiting = 1; waiting > 0; ) {
     try {
-      const answer = await json(`api/judged?first=${at.episode}&since=${since}`);
+      const answer = await ask(`api/judged?first=${at.episode}&since=${heard}`, "json", LARGE_MS);
       for (const one of answer.judged) judged.set(one.episode, one);
-      since += answer.judged.length;
+      heard += answer.judged.length;
       waiting = answer.waiting;
-      $("work-count").textContent = waiting ? `(${waiting} episodes to go)` : "";
+      const [index, frames] = answer.now ?? [];
+      const now = frames ? `, frame ${frames} of ${episodes[index]?.observations} in ${index}` : "";
+      $("work-count").textContent = waiting ? `(${waiting} episodes to go${now})` : "";
       if (answer.judged.length) showLabels();
     } catch {
       // poll() tells of a server that is gone
@@ -212,6 +237,13 @@ async function pollJudge() {
     if (waiting) await new Promise((resolve) => setTimeout(resolve, 500));
   }
   judging = false;
+  showDifferences();
+}
+
+/** What the classifier said of an episode as it is now recorded. */
+function verdict(index) {
+  const answer = judged.get(index);
+  return answer && answer.recorded === episodes[index]?.recorded ? answer : undefined;
 }
 
 // ---- words
@@ -220,15 +252,24 @@ function say(text) {
   $("said").textContent = text;
 }
 
+const problems = { server: "", labels: "" };
+
 function trouble(text) {
-  $("problem").dataset.text = text;
-  $("problem").textContent = [text, $("problem").dataset.labels].filter(Boolean).join(" · ");
-  $("problem").hidden = !$("problem").textContent;
+  problems.server = text;
+  showProblems();
 }
 
 function labelProblem(text) {
-  $("problem").dataset.labels = text ?? "";
-  trouble($("problem").dataset.text ?? "");
+  problems.labels = text ?? "";
+  showProblems();
+}
+
+function showProblems() {
+  const why = [...unsaved.values()].at(-1)?.why;
+  const lost = unsaved.size ? `Not saved: episode ${[...unsaved.keys()].join(", ")}. ${why}` : "";
+  const server = problems.server === why ? "" : problems.server;
+  $("problem").textContent = [lost, server, problems.labels].filter(Boolean).join(" · ");
+  $("problem").hidden = !$("problem").textContent;
 }
 
 const element = (tag, properties = {}, ...children) => {
@@ -242,10 +283,11 @@ const element = (tag, properties = {}, ...children) => {
 function go(episode, frame) {
   episode = Math.max(0, Math.min(episode, episodes.length - 1));
   if (!episodes[episode]) return;
-  const changed = episode !== at.episode;
+  const changed = episode !== at.episode || episodes[episode].recorded !== recorded;
   frame = Math.max(0, Math.min(frame, episodes[episode].observations - 1));
   direction = !changed && frame < at.frame ? -1 : 1;
   at = { episode, frame };
+  recorded = episodes[episode].recorded;
   if (changed) {
     playing = null;
     markEpisode();
@@ -331,6 +373,11 @@ const ACTIONS = [
   { keys: ["?"], text: "these keys", run: () => $("help").showModal() },
 ];
 
+function perform(action) {
+  if (!episodes.length && action.keys[0] !== "?") return say("This dataset has no episode yet.");
+  action.run();
+}
+
 function openRange() {
   if (about.read_only) return say(`Nothing can be changed here: ${about.read_only}.`);
   opened[at.episode] = at.frame;
@@ -338,16 +385,26 @@ function openRange() {
   say(`A range begins at frame ${at.frame}: go to its last frame of success, and press ]`);
 }
 
+const US = { Comma: ",", Period: ".", BracketLeft: "[", BracketRight: "]" }; // what is on the keys, beside the letters
+
+/** The character of a key; where the keyboard writes Cyrillic or the like, the one at its place on a US keyboard. */
+function character({ key, code }) {
+  if (code === "Comma" || code === "Period") return US[code]; // with shift too
+  if (/^(?!\p{Script=Latin})\p{L}$/u.test(key)) return US[code] ?? code.replace(/^Key/, "").toLowerCase();
+  return key.length === 1 ? key.toLowerCase() : key;
+}
+
 function onKey(event) {
   if ($("help").open) return event.key === "?" ? $("help").close() : undefined;
-  if (!event.getModifierState("AltGraph") && (event.ctrlKey || event.altKey || event.metaKey)) return;
-  let key = { Comma: ",", Period: "." }[event.code] ?? (event.key.length === 1 ? event.key.toLowerCase() : event.key);
+  const written = event.getModifierState("AltGraph") || (event.altKey && "[]".includes(event.key)); // option-5 on a Mac
+  if (!written && (event.ctrlKey || event.altKey || event.metaKey)) return;
+  let key = character(event);
   if (event.shiftKey && (key.length > 1 || key === "," || key === ".")) key = `Shift+${key}`;
   const action = ACTIONS.find((one) => one.keys.includes(key));
   if (!action) return;
   event.preventDefault();
   if (event.repeat && action.edit) return;
-  action.run();
+  perform(action);
 }
 
 function listActions() {
@@ -361,7 +418,7 @@ function listActions() {
     if (action.brief ?? action.text) button.append(` ${action.brief ?? action.text}`);
     button.dataset.key = action.keys[0];
     button.onmousedown = (event) => event.preventDefault(); // keeps no focus, so that space stays play
-    button.onclick = action.run;
+    button.onclick = () => perform(action);
     $("actions").append(button);
   }
 }
@@ -444,11 +501,16 @@ function showTotals(totals) {
 
 // ---- where the classifier and the label differ, the largest first
 
+const SEEN = {
+  1: "classifier sees success", 0: "classifier sees none",
+  g: "classifier sees success, its state guard forbids it", // the surer it is, the further down the list
+};
+
 function findDifferences() {
   differences = [];
-  for (const [index, answer] of judged) {
-    const episode = episodes[index];
-    if (!answer.success || !episode?.label || episode.label.skip) continue;
+  episodes.forEach((episode, index) => {
+    const answer = verdict(index);
+    if (!answer?.success || !episode.label || episode.label.skip) return;
     const codes = [...answer.success].map((hit, i) => {
       const label = episode.frames[i];
       return label === "-" || (label === "1") === (hit === "1") ? "" : hit;
@@ -457,11 +519,11 @@ function findDifferences() {
       if (code === "") continue;
       const parts = answer.probability.slice(start, end);
       const weight = parts.reduce((sum, p) => sum + Math.abs(p - (code === "1" ? 0 : 1)), 0);
-      const text = code === "1" ? "classifier sees success" : "classifier sees none";
+      const text = SEEN[code];
       const frames = end - start === 1 ? `frame ${start}` : `frames ${start} to ${end - 1}`;
       differences.push({ key: `${index}/${start}/${code}`, episode: index, frame: start, weight, text, frames });
     }
-  }
+  });
   differences.sort((a, b) => b.weight - a.weight);
   showDifferences();
 }
@@ -474,7 +536,7 @@ function showDifferences() {
     row.onclick = () => visitDifference(place);
     return row;
   }));
-  if (!differences.length && !$("work-count").textContent) {
+  if (!differences.length && !judging) {
     $("differences").append(element("li", { textContent: "nothing, in what is labelled" }));
   }
 }
@@ -493,7 +555,7 @@ function makeFrames() {
     const zoom = Math.max(1, Math.floor(ZOOMED_PX[Number(several)] / camera.height));
     const size = `${camera.width} × ${camera.height} px` + (zoom > 1 ? `, shown ${zoom} times as large` : "");
     const canvas = element("canvas", { width: camera.width, height: camera.height });
-    if (zoom > 1) canvas.style.width = `${camera.width * zoom}px`;
+    canvas.style.width = `min(${camera.width * zoom}px, var(--room) * ${camera.width / camera.height})`;
     canvas.classList.toggle("small", zoom > 1);
     const trouble = () => element("div", { className: "trouble", hidden: true });
     const caption = element("figcaption", { textContent: `${camera.name}, ${size}` });
@@ -507,6 +569,16 @@ function makeFrames() {
     $("views").append(camera.view);
     if (camera.problem) complain(camera.view, camera.problem);
   }
+}
+
+const CAPTION_PX = 36; // the line under a frame, and the space above the frame
+const LEAST_PX = 96;
+
+/** Frames are no higher than what the desk leaves of the window, so that it never stands on them. */
+function makeRoom() {
+  const room = Math.max(LEAST_PX, $("stage").clientHeight - $("desk").offsetHeight - CAPTION_PX);
+  $("frames").style.setProperty("--room", `${room}px`);
+  drawPlace();
 }
 
 function complain(figure, text) {
@@ -584,7 +656,8 @@ async function paintFrame(camera, place) {
 // ---- the ribbon
 
 const BAND_PX = 26;
-const CURVE_PX = 76;
+const CURVE_PX = [76, 36]; // in a window of less height than LOW_PX the second
+const LOW_PX = 480;
 const RULER_PX = 16;
 
 /** A brush in CSS pixels on a canvas that is as sharp as the screen. */
@@ -607,24 +680,26 @@ function drawPlace() {
   const episode = episodes[at.episode];
   if (!episode) return;
   const code = episode.frames[at.frame];
-  const p = judged.get(at.episode)?.probability?.[at.frame];
-  const error = judged.get(at.episode)?.error;
+  const answer = verdict(at.episode);
+  const p = answer?.probability?.[at.frame];
   $("where").textContent =
     `episode ${at.episode} · frame ${at.frame} of 0 to ${episode.observations - 1}` +
     (at.frame === episode.length ? " (the closing one)" : "") +
     ` · ${(at.frame / about.fps).toFixed(1)} s · ${MEANING[code]}` +
     (episode.label?.skip ? ", but skipped" : "") +
-    (p === undefined ? "" : ` · classifier ${p.toFixed(2)}`) + (error ? ` · classifier: ${error}` : "");
+    (p === undefined ? "" : ` · classifier ${p.toFixed(2)}`) +
+    (answer?.success?.[at.frame] === "g" ? ", the state guard forbids it" : "") +
+    (answer?.error ? ` · classifier: ${answer.error}` : "");
   drawRibbon(episode);
   drawCurves();
 }
 
 function drawRibbon(episode) {
   const ribbon = $("ribbon");
-  const upper = about.threshold === null ? 0 : CURVE_PX;
+  const upper = about.threshold === null ? 0 : CURVE_PX[Number(window.innerHeight < LOW_PX)];
   const { brush, width } = sharp(ribbon, upper + BAND_PX + RULER_PX);
   const cell = width / episode.observations;
-  const answer = judged.get(at.episode);
+  const answer = verdict(at.episode);
   if (upper) {
     brush.fillStyle = "#fff";
     brush.fillRect(0, 0, width, upper);
@@ -636,7 +711,7 @@ function drawRibbon(episode) {
     brush.fillRect(start * cell, upper + BAND_PX - height, (end - start) * cell, height);
   }
   brush.globalAlpha = 1;
-  if (upper) drawProbability(brush, width, cell, episode, answer);
+  if (upper) drawProbability(brush, width, upper, cell, episode, answer);
   if (cell > 6) {
     brush.fillStyle = "rgb(255 255 255 / 60%)";
     for (let i = 1; i < episode.observations; i++) brush.fillRect(i * cell - 0.5, upper, 1, BAND_PX);
@@ -657,15 +732,15 @@ function drawRibbon(episode) {
   ribbon.setAttribute("aria-valuenow", at.frame);
 }
 
-function drawProbability(brush, width, cell, episode, answer) {
-  const y = (p) => 6 + (1 - p) * (CURVE_PX - 12);
+function drawProbability(brush, width, height, cell, episode, answer) {
+  const y = (p) => 6 + (1 - p) * (height - 12);
   brush.fillStyle = "#66707b";
-  if (!answer) return brush.fillText("the classifier has not come to this episode yet", 8, CURVE_PX / 2);
-  if (answer.error) return brush.fillText(answer.error, 8, CURVE_PX / 2);
+  if (!answer) return brush.fillText("the classifier has not come to this episode yet", 8, height / 2);
+  if (answer.error) return brush.fillText(answer.error, 8, height / 2);
   brush.fillStyle = "rgb(230 159 0 / 30%)";
   [...answer.success].forEach((hit, i) => {
     const label = episode.frames[i];
-    if (label !== "-" && (label === "1") !== (hit === "1")) brush.fillRect(i * cell, 0, cell, CURVE_PX);
+    if (label !== "-" && (label === "1") !== (hit === "1")) brush.fillRect(i * cell, 0, cell, height);
   });
   brush.strokeStyle = "#9aa4af";
   brush.lineWidth = 1;
@@ -697,6 +772,7 @@ function drawRuler(brush, width, cell, frames, y) {
 
 function scrub(canvas, frames) {
   const seek = (event) => {
+    if (!episodes.length) return;
     const box = canvas.getBoundingClientRect();
     playing = null;
     go(at.episode, Math.floor(((event.clientX - box.left) / box.width) * frames()));
@@ -715,14 +791,16 @@ const AT_ONCE = 6; // lines in one plot: our state is positions, speeds and tool
 
 async function loadCurves() {
   const { episode } = at;
+  const seen = recorded;
   let columns = [];
+  let problem = "";
   try {
-    columns = await json(`api/curves?episode=${episode}`);
-    $("curves").replaceChildren();
+    columns = await ask(`api/curves?episode=${episode}`, "json", LARGE_MS);
   } catch (error) {
-    $("curves").replaceChildren(error.message);
+    problem = error.message;
   }
-  if (episode !== at.episode) return;
+  if (episode !== at.episode || seen !== recorded) return; // who went on asked for that one's
+  $("curves").replaceChildren(problem);
   const place = ({ name }) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
   columns.sort((a, b) => place(a) - place(b) || a.name.localeCompare(b.name));
   curves = columns.flatMap(({ name, entries }) => {
@@ -776,7 +854,7 @@ function drawCurves() {
       });
       brush.stroke();
       const value = entry.values[at.frame];
-      values[i].textContent = value === undefined ? "" : value === null ? "not a number" : +value.toPrecision(3);
+      values[i].textContent = value === undefined ? "" : value === null ? "not a number" : value;
     });
     brush.fillStyle = "rgb(31 35 40 / 15%)";
     brush.fillRect(at.frame * cell, 0, Math.max(cell, 2), CURVE_HEIGHT_PX);
@@ -786,7 +864,7 @@ function drawCurves() {
 // ---- the start
 
 async function start() {
-  about = await json("api/about");
+  about = await ask("api/about", "json");
   $("name").textContent = about.name;
   $("name").title = `${about.folder}\nlabels: ${about.labels}`;
   $("saved").textContent = about.read_only ? "read-only" : "";
@@ -798,14 +876,17 @@ async function start() {
   makeFrames();
   scrub($("ribbon"), () => episodes[at.episode].observations);
   const [episode, frame] = location.hash.slice(1).split("/").map(Number);
-  await refresh();
+  at = { episode: episode || 0, frame: frame || 0 };
+  await refresh(); // which goes there
   if (!episodes.length) say("This dataset has no episode yet.");
-  at.episode = -1;
-  go(episode || 0, frame || 0);
   document.addEventListener("keydown", onKey);
   $("help-button").onmousedown = (event) => event.preventDefault();
   $("help-button").onclick = () => $("help").showModal();
-  window.addEventListener("resize", drawPlace);
+  window.addEventListener("beforeunload", (event) => {
+    if (pending || unsaved.size) event.preventDefault(); // the browser asks whether to leave
+  });
+  new ResizeObserver(makeRoom).observe($("stage"));
+  new ResizeObserver(makeRoom).observe($("desk"));
   setTimeout(poll, POLL_MS);
 }
 
