@@ -58,7 +58,8 @@ def main(config: Config) -> int:
     split = None
     if config.reward_model is not None:
         path = Path(config.reward_model) / "reward.json"
-        split = read_json(path, DataError).get("provenance", {}).get("report", {}).get("episodes")
+        report = (read_json(path, DataError).get("provenance") or {}).get("report") or {}
+        split = report.get("episodes")
         if split is None:
             raise DataError(f"{path}: does not say which episodes were held out; train the classifier anew")
     robot = replace(ROBOT, locked=tuple(config.locked_joints))
