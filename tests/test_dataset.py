@@ -264,8 +264,11 @@ def test_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "meta" / "info.json").write_text('{"codebase_version": "v1.6"}')
     with pytest.raises(DataError, match="'v1.6'; only v2.1 and v3.0"):
         open_dataset(tmp_path)
-    with pytest.raises(DataError, match=r"info\.json: cannot be read: No such file .* is not a dataset"):
+    with pytest.raises(DataError, match="nowhere: there is no such folder; name a dataset, or record one"):
         open_dataset(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"info\.json: cannot be read: No such file .* is not a dataset"):
+        open_dataset(tmp_path / "empty")
 
 
 def test_a_short_video_is_not_padded(recorded: Path) -> None:

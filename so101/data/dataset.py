@@ -300,6 +300,8 @@ def require_outside(folder: Path) -> None:
 def read_info(folder: Path) -> dict[str, Any]:
     """meta/info.json, checked for what reading needs. Raises DataError."""
     path = folder / "meta" / "info.json"
+    if not folder.exists():
+        raise DataError(f"{folder}: there is no such folder; name a dataset, or record one with record.py")
     info = read_json(path, DataError, f"; without it {folder} is not a dataset")
     version = str(info.get("codebase_version"))
     if not version.startswith(("v3.", "v2.")):
