@@ -170,7 +170,7 @@ def test_what_cannot_be_read_is_a_line_of_the_json_and_an_exit_code(
     report = json.loads(capsys.readouterr().out)
     bad = [finding for finding in report["findings"] if finding["level"] == "bad"]
     assert report["exit_code"] == code and bad[0]["what"] == what and bad[0]["exit_code"] == code
-    assert "nope" in bad[0]["found"] and "cannot be read" in bad[0]["found"]
+    assert "nope" in bad[0]["found"] and ("cannot be read" in bad[0]["found"] or "no such folder" in bad[0]["found"])
 
 
 def test_no_name_is_no_dataset() -> None:

@@ -431,7 +431,7 @@ def test_a_dataset_that_is_recorded_anew_shows_its_own_frames(
     page.press("Right", "[", "Right")
     assert page.pixel(320, 400) == pytest.approx([shade(0, 2)] * 3, abs=4)
     shutil.rmtree(folder)
-    page.browser.wait("return document.querySelector('#problem').textContent.includes('is not a dataset')")
+    page.browser.wait("return document.querySelector('#problem').textContent.includes('no such folder')")
     page.press("s")
     assert "Not saved: episode 0" in page.problem and stored(folder) == {}
     monkeypatch.setattr("label_data.shade", lambda episode, frame: 200 - 10 * frame)

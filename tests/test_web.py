@@ -329,7 +329,7 @@ def test_a_dataset_that_is_recorded_anew_is_seen_anew_and_not_labelled_unseen(
     grown = client.get("api/episodes")
     assert [row["recorded"] for row in grown["episodes"][:3]] == [row["recorded"] for row in first["episodes"]]
     shutil.rmtree(folder)
-    assert "is not a dataset" in client.get("api/episodes")["error"]
+    assert "no such folder" in client.get("api/episodes")["error"]
     monkeypatch.setattr("label_data.shade", lambda episode, frame: 200 - 10 * frame)
     make(folder, episodes=4)
     old = grown["episodes"][1]["recorded"]
