@@ -20,6 +20,10 @@ from so101.tools.serve_sim import Terminal, serve
 
 # Two OpenMP threads that wait for each other on a busy machine are slower than one: 98 s against 22 s measured.
 torch.set_num_threads(1)
+# A run under nohup, or in a shell's background, would hand its ignored signals on to the programs under test.
+for _number in signals.ENDING:
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
