@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "so101").rglob("*.py")) + sorted(ROOT.glob("*.py"))
 
-BASE = {"config", "schema", "images", "timing", "runlog", "plots", "errors", "files", "signals"}
+BASE = {
+    "config", "schema", "images", "timing", "runlog", "plots", "errors", "files", "signals", "monitor", "tensorboard"
+}  # fmt: skip
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     **{layer: BASE | {layer} for layer in ("robot", "data", "learn")},
