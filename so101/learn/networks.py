@@ -6,6 +6,7 @@ Letters in the shape comments: B batch, N cameras (times stacked frames), C chan
 F spatial features, A entries of the action, E critics. Initial weights and layer order follow HIL-SERL's JAX code.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from so101.errors import DataError
+from so101.learn.resnet10 import CHANNELS, STRIDE
 from so101.schema import ACTION, STATE, STATE_FLOOR
 
 IMAGE_MEAN, IMAGE_STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
 )  # ImageNet's, what the trunk was trained on
-CHANNELS = 512  # of the trunk's last feature map
 STATE_CLIP = 5.0  # standard deviations
 EMBEDDING, STATE_EMBEDDING = 256, 64  # widths of one camera's and of the state's share of the latent
 STD_RANGE = (1e-5, 5.0)
@@ -37,9 +38,15 @@ def images_to_input(images: np.ndarray | Tensor) -> Tensor:
     pixels = torch.as_tensor(images)
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
         raise DataError(f"images: got {pixels.dtype} {tuple(pixels.shape)}, must be uint8 (batch, S, S, 3) RGB")
-    scale = 1 / (255 * torch.tensor(IMAGE_STD, device=pixels.device))
-    offset = torch.tensor(IMAGE_MEAN, device=pixels.device) * 255 * scale
+    scale, offset = _scaling(pixels.device)
     return (pixels * scale - offset).permute(0, 3, 1, 2).contiguous()
+
+
+@functools.cache
+def _scaling(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each colour's factor and offset; made once, since a captured CUDA graph cannot copy from the host."""
+    scale = 1 / (255 * torch.tensor(IMAGE_STD, device=device))
+    return scale, torch.tensor(IMAGE_MEAN, device=device) * 255 * scale
 
 
 def feature_maps(trunk: nn.Module, images: Tensor) -> Tensor:
@@ -193,6 +200,7 @@ class Policy(nn.Module):
     def __init__(self, cameras: int, size: int = 4, activation: str = "tanh", actions: int = len(ACTION)) -> None:
         super().__init__()
         self.normalizer = StateNormalizer()
+        self.cameras, self.size = cameras, size
         self.encoder = ObservationEncoder(cameras, size)
         self.actor = Actor(self.encoder.latent_dim, activation=activation, actions=actions)
         self.actions = actions  # entries of the action that the actor and the critics have to do with
@@ -218,6 +226,14 @@ class Policy(nn.Module):
         if self.gripper is not None:
             action = torch.cat([action, self.gripper(latent).argmax(1, keepdim=True) - 1], dim=1)
         return action[0].cpu().numpy()  # type: ignore[no-any-return]
+
+    def probe(self) -> np.ndarray:
+        """The action on an observation that never changes: two copies that agree on it hold the same weights."""
+        rng, side = np.random.default_rng(0), self.size * STRIDE
+        maps = rng.standard_normal((self.cameras, CHANNELS, self.size, self.size)).astype(np.float32)
+        pixels = rng.integers(0, 256, (self.cameras, side, side, 3), np.uint8)
+        state = self.normalizer.mean.cpu().numpy() + self.normalizer.std.cpu().numpy()
+        return self.act(torch.from_numpy(maps if self.trunk is None else pixels), state, 0.0, torch.Generator())
 
 
 class EnsembleLayer(nn.Module):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from so101 import config as settings
 from so101.config import option, require_within
 from so101.errors import ConfigError, DataError
-from so101.learn.networks import CHANNELS, EMBEDDING, SpatialHead
-from so101.learn.resnet10 import STRIDE, require_trunk
+from so101.learn.networks import EMBEDDING, SpatialHead
+from so101.learn.resnet10 import CHANNELS, STRIDE, require_trunk
 from so101.learn.weights import load_strict, read_safetensors, write_safetensors
 from so101.schema import OPENING, TOOL_Z, require_same
 

@@ -124,9 +124,10 @@ class Sac(nn.Module):
         groups = [{"params": heads, "lr": config.lr}]
         if encoder:
             groups.append({"params": encoder, "lr": config.encoder_lr})
-        self.critic_optimizer = torch.optim.Adam(groups, fused=True)
-        self.actor_optimizer = torch.optim.Adam(self._actor, config.lr, fused=True)
-        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], config.lr, fused=True)
+        options: dict[str, Any] = {"fused": True, "capturable": torch.device(device).type == "cuda"}  # see captured.py
+        self.critic_optimizer = torch.optim.Adam(groups, **options)
+        self.actor_optimizer = torch.optim.Adam(self._actor, config.lr, **options)
+        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], config.lr, **options)
 
     def update_critic(self, batch: Batch) -> dict[str, Tensor]:
         """One step of critics and encoder towards the TD target: mean square over critics and batch.
@@ -138,6 +139,7 @@ class Sac(nn.Module):
         q = self.critics(latent, batch.action[:, : self.policy.actions])  # (E, B)
         loss = (q - y).square().mean()
         metrics = {"critic_loss": loss.detach(), "q": q.detach().mean(), "td_target": y.mean()}
+        metrics |= {"q_max": q.detach().amax(), "q_spread": q.detach().std()}
         if self.policy.gripper is not None and gripper_y is not None:
             of_gripper = gripper_loss(self.policy.gripper(latent), batch.action, gripper_y)
             metrics["gripper_loss"] = of_gripper.detach()
@@ -162,7 +164,8 @@ class Sac(nn.Module):
         slow_latent = self.target_encoder(slow_features, state)
         next_q = self.target_critics(slow_latent, next_action)
         if self.config.subsample is not None:
-            order = torch.randperm(len(next_q), generator=self.generator, device=next_q.device)
+            # no randperm: a CUDA graph (captured.py) is known to replay rand
+            order = torch.rand(len(next_q), generator=self.generator, device=next_q.device).argsort()
             next_q = next_q[order[: self.config.subsample]]
         if self.config.backup_entropy:
             next_q = next_q - self.log_temperature.exp() * log_prob
@@ -235,7 +238,7 @@ class Sac(nn.Module):
         for name, optimizer in self._optimizers().items():
             optimizer.load_state_dict(copy.deepcopy(state[name]))
             for group, lr in zip(optimizer.param_groups, (self.config.lr, self.config.encoder_lr), strict=False):
-                group["lr"] = lr
+                group.update(lr=lr, capturable=optimizer.defaults["capturable"])  # not every checkpoint says so
         self.generator.set_state(state["generator"])
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from so101.learn.networks import CHANNELS, EMBEDDING, STATE_EMBEDDING
+from so101.learn.networks import EMBEDDING, STATE_EMBEDDING
 from so101.learn.replay import Replay, ViewEncoder
-from so101.learn.resnet10 import STRIDE, load_resnet10
+from so101.learn.resnet10 import CHANNELS, STRIDE, load_resnet10
 from so101.learn.sac import Sac, SacConfig
 from so101.schema import ACTION, STATE
 
