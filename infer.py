@@ -41,7 +41,7 @@ class Config:
     """Evaluating a policy."""
 
     run: str = option("outputs/lift_sac", "run folder of train_sac.py")
-    checkpoint: str = option("last", "last, or a checkpoint's number: the name of its folder")
+    checkpoint: str = option("last", "last, best, or a checkpoint's number: the name of its folder")
     episodes: int = option(50, "episodes to run")
     seed: int = option(10_000, "seed of the fresh scenes; training used others")
     std_scale: float = option(0.0, "share of the policy's spread to act with; 0: its mean action, 1: as in training")
@@ -102,8 +102,8 @@ class Trained:
 
 
 def load_policy(run: Path, name: str, sac: SacConfig, schema: dict, trunk_hash: str) -> Policy:
-    """The policy of a run's checkpoint, by number or `last`."""
-    folder = find_checkpoint(run) if name == "last" else run / "checkpoints" / name.zfill(6)
+    """The policy of a run's checkpoint, by number, `last` or `best`."""
+    folder = find_checkpoint(run, name) if name in ("last", "best") else run / "checkpoints" / name.zfill(6)
     if not folder.exists():
         there = ", ".join(sorted(path.name for path in folder.parent.glob("[0-9]*")))
         raise DataError(f"{folder}: is not there; checkpoints of this run: {there or 'none'}, or last")
@@ -145,7 +145,7 @@ def evaluate(
                     if video is not None:
                         video.add(np.concatenate(list(observation.images), axis=1))
                     # Where the classifier is the environment's own judge it has counted this observation already.
-                    rewarded = rewarded or (step.success if rig.verdict is None else eyes.update(observation))
+                    rewarded = rewarded or (step.success if env.detector is eyes else eyes.update(observation))
                     steps += 1
                     done = step.terminated or step.truncated or bool(step.events & {"end", "redo", "quit"})
             except EpisodeAborted as error:

@@ -3,25 +3,28 @@
     python train_sac.py                                in the simulation, from nothing to a policy
     python train_sac.py rig.operator.interventions=false output=outputs/lift_demos_only
     python train_sac.py resume=true                    go on after an interruption
+    python train_sac.py mode=parallel                  actor and learner as two processes
+    python train_sac.py role=learner link.port=5555    the learner alone, where the GPU is
+    python train_sac.py role=actor link.port=5555 link.secret=learner.secret       and the arm, over an SSH tunnel
 
 What is missing is made first: demonstrations and labels (record.py), the reward classifier
 (train_reward.py). At the end the policy is evaluated (infer.py). The run folder holds config.json,
 metrics.csv, events.jsonl, episodes/ (a dataset of every online episode), features.f16, checkpoints/,
-eval.json and report.html.
+TensorBoard's event files, eval.json and report.html.
 """
 
 import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 
 # isort: split
 import json
-import shutil
+import math
+import os
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,31 +33,54 @@ import infer
 import record
 import train_reward
 from so101 import config as configs
+from so101.actor import Actor, recorded_episodes
 from so101.config import launch, option, require_within
-from so101.data.dataset import open_dataset
-from so101.data.labels import EpisodeLabel, Labels, label_episode, load_labels
-from so101.data.lint import START_TOLERANCE
+from so101.data.dataset import Episode, open_dataset
+from so101.data.labels import load_labels
 from so101.data.video import CODEC_HELP, Codec, require_codec
 from so101.data.writer import DatasetWriter
-from so101.env import Env, EnvConfig, Observation, Step
-from so101.episodes import Trajectory, first_success, labelled, observed_success, trajectories
+from so101.env import Env, EnvConfig
+from so101.episodes import first_success, labelled, load_states, trajectories
 from so101.errors import ConfigError, DataError, EpisodeAborted, UserError
-from so101.files import new_folder
-from so101.learn.checkpoint import load_checkpoint, save_checkpoint
+from so101.files import read_json, write_atomic
+from so101.learn.captured import UpdateGroups
 from so101.learn.eyes import Eyes
-from so101.learn.link import Corrected, Discarded, Link, Moved, Started, Weights
-from so101.learn.replay import Replay
-from so101.learn.resnet10 import STRIDE
-from so101.learn.sac import Sac, SacConfig, make_policy
-from so101.plots import curve, html_table, write_report
+from so101.learn.link import Joined, Link, Recorded, Weights
+from so101.learn.replay import ViewEncoder
+from so101.learn.resnet10 import STRIDE, load_resnet10
+from so101.learn.sac import SacConfig, make_policy
+from so101.learn.wire import ActorEnd, LearnerEnd, make_secret, read_secret
+from so101.learner import Learner
+from so101.processes import LearnerProcess, parent_is_gone
 from so101.rig import Rig, RigConfig, describe_task, open_rig
 from so101.robot.teleop import POLICY_STARTS, TRAINING
-from so101.runlog import Progress, RunLog, read_metrics
-from so101.schema import ACTION, TOOL_XYZ, Preprocess, RewardSpec, require_same, schema_hash
+from so101.runfolder import begin_run, check_run, require_episodes, run_report
+from so101.runlog import RunLog
+from so101.schema import TOOL_XYZ, Preprocess, RewardSpec, require_same
+from so101.signals import signals_held
 from so101.tools.lint import require_clean
 
+ADDRESS, SECRET = "link.json", "link.secret"  # in the run folder: the learner's port, and what proves who writes
 CUT_AFTER = 3  # labelled successes in a row at which a demonstration ends for SAC, as online
 LOG_EVERY = 50  # updates; reading the numbers makes the learner wait for its device
+# Of a learner in its own process: updates between two looks at what has come, s between weights, s of a rest.
+AT_ONCE, PUBLISH_EVERY, IDLE = 4, 1.0, 0.005
+
+
+@dataclass
+class LinkConfig:
+    """Where the learner listens. It does so on its own machine alone: another comes in by an SSH tunnel."""
+
+    host: str = option("127.0.0.1", "for the actor: where the learner, or this end of the tunnel to it, listens")
+    port: int | None = option(None, "TCP port; null: any that is free, which the run folder tells an actor beside it")
+    secret: str | None = option(None, "file with the shared secret, for its owner alone; null: the run folder's")
+    name: str = option("actor", "of this actor; several that feed one learner need several")
+    patience_s: float = option(10.0, "s without a sign of the learner after which the arm holds at the next reset")
+
+    def __post_init__(self) -> None:
+        require_within(self, patience_s=(1, 1e6))
+        if self.port is not None:
+            require_within(self, port=(1, 65535))
 
 
 @dataclass
@@ -65,12 +91,21 @@ class Config:
     demonstrations: str = option("outputs/lift_demos", "dataset of demonstrations; recorded first if missing")
     reward_model: str = option("outputs/lift_reward", "folder of the reward classifier; trained first if missing")
     encoder: str | None = option(None, "ResNet10 weight file (.safetensors); null: a seeded random start")
-    mode: Literal["alternate"] = option("alternate", "actor and learner take turns in one process")
+    mode: Literal["alternate", "parallel"] = option(
+        "alternate", "actor and learner take turns in one process, repeatably; or are two processes side by side"
+    )
+    role: Literal["both", "actor", "learner"] = option("both", "with mode=parallel, what this machine is")
+    link: LinkConfig = option(LinkConfig(), "how actor and learner find each other in mode=parallel")
     steps: int = option(3000, "environment steps of training")
     learning_starts: int = option(100, "environment steps with random actions before learning starts")
     checkpoint_every: int = option(500, "environment steps between checkpoints")
+    evaluate_every: int = option(
+        0, "environment steps between evaluations of a checkpoint, without exploring; the best is kept by name; 0: none"
+    )
+    evaluate_episodes: int = option(10, "episodes of such an evaluation")
     evaluation_episodes: int = option(50, "episodes of the evaluation at the end; 0: none")
     resume: bool = option(False, "go on with a run that is there, from its last checkpoint and its episodes")
+    changed: bool = option(False, "a resume with another config is meant; the differences are printed either way")
     seed: int = option(0, "seed of everything random")
     device: str = option("cpu", "cpu, cuda or mps")
     codec: Codec = option("h264", CODEC_HELP)
@@ -91,8 +126,12 @@ class Config:
         many = 1_000_000_000
         require_within(
             self, steps=(1, many), learning_starts=(0, many), checkpoint_every=(1, many),
-            evaluation_episodes=(0, many), seed=(0, 2**31),
+            evaluation_episodes=(0, many), evaluate_every=(0, many), evaluate_episodes=(1, many), seed=(0, 2**31),
         )  # fmt: skip
+        if self.role != "both" and self.mode == "alternate":
+            raise ConfigError(f"role: {self.role!r} needs mode=parallel; in one process there is nobody else")
+        if self.role == "actor" and self.link.port is None and not self.link.secret:
+            raise ConfigError("link: role=actor needs link.port and link.secret, the learner's (README: two machines)")
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not there.get(self.device.split(":")[0], False):
             usable = ", ".join(name for name, found in there.items() if found)
@@ -109,326 +148,259 @@ def main(config: Config) -> None:
     folder = Path(config.output)
     check_run(folder, config)
     make_missing(config)
-    sac = config.sac
-    # A run keeps the classifier that it began with: what was trained is what runs.
-    reward_model = folder / "reward" if (folder / "reward").exists() else Path(config.reward_model)
-    eyes = Eyes(
-        config.encoder, reward_model, config.schema(), sac.views, sac.pad, config.seed, config.device,
-        sac.n_obs_steps, sac.features,
-    )  # fmt: skip
-    demonstrations = load_demonstrations(config)
+    if config.role == "learner":
+        run_alone(config)
+        return
+    if config.role == "both":
+        require_episodes(folder, config.env.max_steps)
+    known = known_demonstrations(config)
+    eyes = make_eyes(config)
+    begin_run(folder, config)
     with ExitStack() as stack:
-        seed = config.seed + 1 + recorded_steps(folder)  # a resumed run draws fresh scenes
+        learning = watch = None
+        if config.mode == "parallel":
+            torch.set_num_threads(1)  # the other core is the learner's: two that share both are slower than one each
+            if config.role == "both":  # spawned before any camera opens
+                watch = stack.enter_context(LearnerProcess(run_alone, config, folder)).watch
+            link: Link | ActorEnd = find_link(config, eyes.trunk_hash)
+        else:
+            link = Link(config.link.name, told(config, 0))
+            learner = stack.enter_context(closing(make_learner(config, eyes.encoder, known)))
+            learning = run_learner(config, learner, link)
+            next(learning)  # takes in what is recorded, before the arm moves
+        actor = stack.enter_context(closing(make_actor(config, known, eyes, link, watch)))
+        actor.find_learner()
+        if actor.steps:
+            print(f"{folder}: goes on from step {actor.steps}, update {link.status.updates}")
+        seed = config.seed + 1 + actor.steps  # a resumed run draws fresh scenes
         rig = stack.enter_context(open_rig(config.rig, seed))
         env = rig.make_env(config.env, config.preprocess, config.reward, seed, eyes)
-        run = stack.enter_context(closing(Run(folder, config, eyes, demonstrations)))
-        learner = run_learner(config, run)
-        for _ in run_actor(config, run, env, rig, eyes):
-            next(learner)
-        run.save_checkpoint()
-    run_report(folder)
-    if run.steps < config.steps:
-        print(f"ended by the person at step {run.steps}; resume=true goes on")
-    elif config.evaluation_episodes:
-        infer.main(infer.Config(run=config.output, episodes=config.evaluation_episodes, seed=config.seed + 10_000))
-    run_report(folder)
-    print(f"{time.monotonic() - started:.0f} s in all; report: {folder / 'report.html'}")
+        for _ in run_actor(config, actor, env, rig, eyes):
+            if learning:
+                next(learning)
+        if learning:
+            learner.save_last()
+    finish(config, max(actor.steps, link.status.steps) >= config.steps)
+    print(f"{time.monotonic() - started:.0f} s in all")
 
 
-def run_actor(config: Config, run: "Run", env: Env, rig: Rig, eyes: Eyes) -> Iterator[None]:
-    """Act, step, send: one environment step at each `next`, until the run has its steps."""
-    policy = make_policy(config.sac, len(config.rig.cameras), config.preprocess.image_size // STRIDE).eval()
-    rng = np.random.default_rng([config.seed, run.steps])
-    noise = torch.Generator().manual_seed(config.seed + run.steps)
-    version, steps, quits, aborts = -1, run.steps, False, 0
-    while steps < config.steps and not quits:
+def run_actor(config: Config, actor: Actor, env: Env, rig: Rig, eyes: Eyes) -> Iterator[None]:
+    """Act, step, record, tell the learner: one environment step at each `next`, until the run has its steps."""
+    link, quits, aborts = actor.link, False, 0
+    while max(actor.steps, link.status.steps) < config.steps and not quits:
         rig.teleop.hear(TRAINING)
         try:
             observation, pressed = env.reset()
+            actor.take_verdict(pressed)
+            if silent := link.silent > config.link.patience_s:
+                pressed |= actor.wait_for_learner(env)
         except EpisodeAborted as error:
             aborts = rig.teleop.drop(error, aborts)
             continue
-        run.take_verdict(pressed)
         if "quit" in pressed:
             break
-        run.check_start(observation)
+        if silent:
+            continue  # what was observed before is old
+        if (candidate := link.take_evaluation()) is not None:
+            quits = evaluate(config, actor, candidate, env, rig, eyes)
+            continue
+        actor.begin(observation)
         rig.teleop.hear(POLICY_STARTS)
-        run.link.send(Started(eyes.see(observation)))
-        started, taken, ended = observation.time, [], False
+        ended = False
         while not ended:
-            if (weights := run.link.newest(version)) is not None:
-                eyes.require_trunk(weights.trunk_hash)
-                policy.load_state_dict(weights.tensors)
-                version = weights.version
-            if version < 0:  # nothing learned yet
-                action = rng.uniform(-1, 1, len(ACTION))
-                if config.sac.gripper == "discrete":
-                    action[-1] = np.round(action[-1])
-            else:
-                action = policy.act(eyes.look(observation), observation.state, 1.0, noise)
+            action = actor.act(observation)
             try:
                 step = env.step(action)
                 dropped, quits = "redo" in step.events, "quit" in step.events
                 truncated = step.truncated or (bool(step.events & {"quit", "end"}) and not step.terminated)
                 ended = step.terminated or truncated
                 if not dropped:
-                    run.episodes.add(
-                        observation.state, step.action, observation.frames,
-                        reward=float(step.success), done=step.terminated, truncated=truncated,
-                        is_intervention=step.by_human, capture_time=observation.time - started,
-                    )  # fmt: skip
-                if ended and not dropped:  # on disk before the learner goes on from it
-                    run.episodes.save_episode(
-                        step.observation.state, step.observation.frames, step.observation.time - started
-                    )
+                    actor.record(observation, step, truncated)
             except EpisodeAborted as error:
                 dropped, aborts = True, rig.teleop.drop(error, aborts)
             if dropped:
-                run.drop_episode()
-                steps -= len(taken)
+                actor.drop()
                 yield
                 break
             observation = step.observation
-            seen = eyes.see(observation)
-            run.link.send(Moved(step.action, step.reward, step.terminated, truncated, step.by_human, seen))
-            taken.append(step)
-            steps += 1
             if ended:
-                run.log_episode(steps, taken)
                 aborts = 0
             yield
+            if config.rig.simulated:
+                actor.keep_pace(config.sac.utd_ratio, config.learning_starts)
 
 
-def run_learner(config: Config, run: "Run") -> Iterator[None]:
+def run_learner(config: Config, learner: Learner, link: Link | LearnerEnd) -> Iterator[None]:
     """Take in experience, make the updates that it allows, offer the weights: once at each `next`."""
-    sac, replay = run.sac, run.replay
-    slot = last = first = -1  # of the newest observation, the newest transition, the episode's first observation
-    moved = 0  # transitions of this episode
-    acting = False  # whether an episode is going on
+    sac, replay, parallel = learner.sac, learner.replay, isinstance(link, LearnerEnd)
+    groups = UpdateGroups(sac, replay) if config.device != "cpu" else None
+    published, most = 0.0, AT_ONCE if parallel else math.inf
     while True:
-        for message in run.link.receive():
-            if isinstance(message, Corrected):
-                replay.correct(last, message.reward, message.terminated)
-                continue
-            if isinstance(message, Discarded):
-                replay.discard(first)
-                run.steps -= moved
-                acting = False
-                continue
-            now = replay.add_observation(*message.seen)
-            if isinstance(message, Moved):
-                replay.add_transition(
-                    slot, now, message.action, message.reward, message.terminated, message.truncated, message.by_human
-                )
-                last, moved, acting = slot, moved + 1, not (message.terminated or message.truncated)
-                run.steps += 1
-            else:
-                first, moved, acting = now, 0, True
-            slot = now
-        # A real arm's next tick does not wait for updates: they are made up for when the episode is over.
-        if run.steps >= config.learning_starts and (config.rig.simulated or not acting):
-            while run.updates + 1 <= run.steps * config.sac.utd_ratio:  # what was missed is made up
-                run.updates += 1
+        for name, message in link.receive():
+            learner.take(name, message)
+            if isinstance(message, Joined) and isinstance(link, LearnerEnd):
+                link.welcome(name, learner.known(name))
+            link.report(learner.status())
+        made = 0
+        # In one process a real arm's next tick does not wait for updates: they are made up for after the episode.
+        if learner.steps >= config.learning_starts and (parallel or config.rig.simulated or not learner.acting):
+            if groups is not None:  # on a card, as many as one graph holds at a time
+                made = int(learner.steps * config.sac.utd_ratio - learner.updates) // config.sac.actor_every
+                made = min(made, AT_ONCE) if parallel else made
+                groups.run(made)
+                before, learner.updates = learner.updates, learner.updates + made * config.sac.actor_every
+                if before // LOG_EVERY < learner.updates // LOG_EVERY:
+                    learner.log_update(groups.metrics())
+            while groups is None and learner.updates + 1 <= learner.steps * config.sac.utd_ratio and made < most:
+                learner.updates, made = learner.updates + 1, made + 1
                 batch = replay.sample(config.sac.batch_size).to(config.device)
                 metrics = sac.update_critic(batch)
-                if run.updates % config.sac.actor_every == 0:
+                if learner.updates % config.sac.actor_every == 0:
                     metrics |= sac.update_actor(batch)
                     metrics |= sac.update_temperature(metrics.pop("log_prob"))
                 sac.update_targets()
-                if run.updates % LOG_EVERY == 0:
-                    run.log_update(metrics)
-            run.publish()
-        if run.steps % config.checkpoint_every == 0:
-            run.save_checkpoint()
+                if learner.updates % LOG_EVERY == 0:
+                    learner.log_update({name: float(value) for name, value in metrics.items()})
+            if not parallel or (made and time.monotonic() - published > PUBLISH_EVERY):
+                link.publish(learner.weights())
+                published = time.monotonic()
+        if parallel and not made and not replay.refresh():
+            time.sleep(IDLE)
+        evaluating = learner.due(config.evaluate_every)
+        if evaluating or learner.due(config.checkpoint_every):
+            name = learner.save_checkpoint()
+            if evaluating:
+                link.publish(learner.weights(name))
+        link.report(learner.status())
         yield
 
 
-class Run:
-    """What a run holds beside its loops: networks, replay, episodes, log, counters. Made new or taken up again."""
-
-    def __init__(self, folder: Path, config: Config, eyes: Eyes, demonstrations: list[Trajectory]) -> None:
-        begin_run(folder, config)
-        self.folder, self.config, self.trunk_hash = folder, config, eyes.trunk_hash
-        self.log, self.link = RunLog(folder), Link()
-        self.progress = Progress("train", config.steps, "step")
-        self.recent: deque[bool] = deque(maxlen=20)  # success of the last episodes
-        self.alone: deque[bool] = deque(maxlen=20)  # the same, without help
-        self.episodes = DatasetWriter(
-            folder / "episodes",
-            fps=config.env.fps, cameras=config.rig.frame_sizes, task="online", schema=config.schema(),
-            codec=config.codec, may_wait=config.rig.simulated,
-        )  # fmt: skip
-        self.starts = np.stack([d.states[0][TOOL_XYZ] for d in demonstrations])
-        cameras, size = len(config.rig.cameras), config.preprocess.image_size
-        torch.manual_seed(config.seed)
-        self.sac = Sac(config.sac, cameras, config.device, size // STRIDE, eyes.encoder.trunk)
-        self.sac.generator.manual_seed(config.seed)
-        self.sac.policy.normalizer.fit(np.concatenate([d.states for d in demonstrations]))
-        key = {"trunk": eyes.trunk_hash, "schema": schema_hash(config.schema())}
-        frames = sum(len(d.states) for d in demonstrations)
-        self.replay = Replay(
-            eyes.encoder, folder, key, cameras, size, frames, config.sac.buffer_size, config.seed,
-            config.sac.n_obs_steps, config.sac.features,
-        )  # fmt: skip
-        for demonstration in demonstrations:
-            self._add(demonstration, demonstration=True)
-        self.ended = False  # whether an episode ended in this process, for a late verdict to correct
-        self.steps = self._add_recorded()
-        self.updates = 0
-        self.log.event("started", steps=self.steps, demonstrations=len(demonstrations))
-        if self.steps:
-            self._load_checkpoint()
-
-    def close(self) -> None:
-        """Let go of the files."""
-        self.progress.close()
-        self.episodes.close()
-
-    def take_verdict(self, pressed: frozenset[str]) -> None:
-        """A key pressed while the arm reset corrects the episode just ended, here and in its labels."""
-        if not pressed & {"success", "failure"} or not self.ended:
-            return
-        success = "failure" not in pressed
-        self.recent[-1] = success
-        self.link.send(Corrected(self.config.reward.of(success), terminated=True))
-        index = self.episodes.episodes - 1
-        length = open_dataset(self.episodes.folder).episodes[index].length
-        label = EpisodeLabel(success_start=length) if success else EpisodeLabel(all_fail=True)
-        label_episode(self.episodes.folder, index, label)
-        self.log.event("corrected", episode=index, success=success)
-
-    def drop_episode(self) -> None:
-        """The episode in progress never was: not on disk, not in replay, and not for a late verdict to correct."""
-        self.episodes.discard_episode()
-        self.link.send(Discarded())
-        self.ended = False
-
-    def check_start(self, observation: Observation) -> None:
-        """Refuse to train from where no demonstration started: hours went into a reset at another height."""
-        tool = observation.state[TOOL_XYZ]
-        outside = np.maximum(self.starts.min(axis=0) - tool, tool - self.starts.max(axis=0))
-        if outside.max() > START_TOLERANCE:
-            raise ConfigError(
-                f"env.home: the episode starts with the tool at {tool.round(3).tolist()} m, the demonstrations at "
-                f"{self.starts.mean(axis=0).round(3).tolist()}; more than {START_TOLERANCE} m off. Use their home"
-            )
-
-    def log_episode(self, steps: int, taken: list[Step]) -> None:
-        """One row of metrics and one line of progress for a finished episode."""
-        by_human = sum(step.by_human for step in taken)
-        self.ended = True
-        self.recent.append(taken[-1].success)
-        self.alone.append(taken[-1].success and not by_human)
-        self.log.metrics(
-            step=steps, episode=self.episodes.episodes - 1, episode_steps=len(taken),
-            episode_return=sum(step.reward for step in taken), success=taken[-1].success,
-            success_last_20=sum(self.recent) / len(self.recent),
-            success_alone_last_20=sum(self.alone) / len(self.alone),
-            intervention_share=by_human / len(taken),
-            largest_lag_m=max(step.lag for step in taken), overruns=sum(step.late > 0 for step in taken),
-        )  # fmt: skip
-        self.progress.update(
-            steps, episode=self.episodes.episodes, success=f"{sum(self.recent)}/{len(self.recent)}",
-            alone=f"{sum(self.alone)}/{len(self.alone)}", updates=self.updates,
-        )  # fmt: skip
-
-    def log_update(self, metrics: dict[str, torch.Tensor]) -> None:
-        """One row of metrics for the learner."""
-        self.log.metrics(step=self.steps, updates=self.updates, **{name: float(m) for name, m in metrics.items()})
-
-    def publish(self) -> None:
-        """Offer the policy's weights to the actor."""
-        self.link.publish(Weights(self.updates, self.sac.policy_tensors(), self.trunk_hash))
-
-    def save_checkpoint(self) -> None:
-        """Everything that a resume cannot rebuild from demonstrations and episodes."""
-        state = {
-            "sac": self.sac.training_state(), "updates": self.updates, "steps": self.steps,
-            "replay": self.replay.rng_state(), "recent": list(self.recent), "alone": list(self.alone),
-        }  # fmt: skip
-        save_checkpoint(
-            self.folder, self.steps, self.sac.tensors(), state,
-            configs.to_dict(self.config), self.config.schema(), self.trunk_hash,
-        )  # fmt: skip
-
-    def _load_checkpoint(self) -> None:
-        if not (self.folder / "checkpoints" / "last").exists():
-            return  # killed before the first: the recorded episodes are all there is, and learning starts from them
-        checkpoint = load_checkpoint(self.folder, self.config.schema(), self.trunk_hash)
-        if checkpoint.step > self.steps + self.config.env.max_steps:
-            held = f"{self.episodes.folder}: holds {self.steps} steps, the checkpoint is of {checkpoint.step}"
-            raise DataError(f"{held}; restore the episodes, or begin a new run")
-        self.sac.load_tensors(checkpoint.tensors)
-        self.sac.load_training_state(checkpoint.training_state["sac"])
-        self.replay.load_rng_state(checkpoint.training_state["replay"])
-        self.updates = checkpoint.training_state["updates"]
-        self.publish()
-        self.recent.extend(checkpoint.training_state["recent"])
-        self.alone.extend(checkpoint.training_state["alone"])
-        print(f"{self.folder}: goes on from step {self.steps}, update {self.updates}")
-
-    def _add_recorded(self) -> int:
-        """Put the recorded online episodes back into replay; returns their steps."""
-        recorded = open_dataset(self.episodes.folder)
-        corrections = load_labels(recorded.folder, recorded.observations) or Labels(recorded.folder.name)
-        steps = 0
-        for episode in recorded.episodes:
-            corrected = episode.index in corrections.episodes
-            success = observed_success(episode, corrections if corrected else None)
-            if success is None:
-                raise DataError(f"{self.episodes.folder}: episode {episode.index} is labelled skip; unlabel it")
-            path = trajectories([(episode, success)], self.config.preprocess, self.config.reward, consecutive=1)[0]
-            if corrected:  # a person's verdict is an end, also where time had run out
-                path.terminated[-1], path.truncated[-1] = True, False
-            self._add(path)
-            steps += episode.length
-        return steps
-
-    def _add(self, path: Trajectory, demonstration: bool = False) -> None:
-        add = self.replay.add_observation
-        slots = [
-            add(images, state, None, demonstration) for images, state in zip(path.images, path.states, strict=True)
-        ]
-        for t, action in enumerate(path.actions):
-            self.replay.add_transition(
-                slots[t], slots[t + 1], action, path.rewards[t], path.terminated[t], path.truncated[t], path.by_human[t]
-            )
+def run_alone(config: Config) -> None:
+    """The learner in a process of its own, with its own store for the actors to come to."""
+    folder = Path(config.output)
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+    sac = config.sac
+    trunk = load_resnet10(config.encoder).to(config.device)
+    encoder = ViewEncoder(trunk, sac.views, sac.pad, config.seed, sac.features == "cached")
+    begin_run(folder, config)
+    with ExitStack() as stack:
+        learner = stack.enter_context(closing(make_learner(config, encoder, known_demonstrations(config))))
+        link = LearnerEnd(make_secret(secret_path(config)), config.link.port or 0, agreed(config, learner.trunk_hash))
+        stack.enter_context(closing(link))
+        write_atomic(folder / ADDRESS, json.dumps({"port": link.port}))
+        print(f"learner: listening on 127.0.0.1:{link.port}, secret in {secret_path(config)}", flush=True)
+        stack.callback(learner.save_last)  # on Ctrl-C as well
+        if learner.updates:
+            link.publish(learner.weights())
+        learning, over = run_learner(config, learner, link), False
+        while not over:
+            with signals_held():  # a signal between two passes, never within an update
+                next(learning)
+            over = parent_is_gone() or (learner.steps >= config.steps and not link.actors)
 
 
-def check_run(folder: Path, config: Config) -> None:
-    """Refuse a run folder that exists, or with resume=true one that was started with another config."""
-    if not folder.exists() or ((folder / "config.json").exists() and not recorded_steps(folder)):
-        return  # new, or begun and stopped before its first episode was on disk
-    if not config.resume:
-        raise DataError(f"{folder}: exists and is never overwritten; name another with output=, or resume=true")
-    before, now = (configs.to_dict(c) for c in (configs.load(Config, folder / "config.json"), config))
-    free = ("output", "resume", "steps", "evaluation_episodes")  # moved, or changed by a person on the way
-    differing = [key for key in now if key not in free and now[key] != before[key]]
-    if differing:
-        raise ConfigError(
-            f"{folder}: was started with another {', '.join(differing)}; a resume keeps its config: "
-            f"python train_sac.py --config {folder / 'config.json'} output={folder} resume=true"
-        )
+def make_eyes(config: Config) -> Eyes:
+    """The trunk and the classifier, as the actor uses them."""
+    kept, sac, alone = Path(config.output) / "reward", config.sac, config.mode == "alternate"
+    return Eyes(
+        # A run keeps the classifier that it began with: what was trained is what runs.
+        config.encoder, kept if kept.exists() else Path(config.reward_model), config.schema(),
+        # Two processes share the work: shifted views are the learner's, and so is the device.
+        sac.views if alone else 0, sac.pad, config.seed, config.device if alone else "cpu",
+        sac.n_obs_steps, sac.features,
+    )  # fmt: skip
 
 
-def begin_run(folder: Path, config: Config) -> None:
-    """Make the run folder with its config and its classifier, whole or not at all; on a resume, note the new steps."""
-    if folder.exists():
-        configs.save(config, folder / "config.json")
+def make_actor(
+    config: Config,
+    known: list[tuple[Episode, np.ndarray]],
+    eyes: Eyes,
+    link: Link | ActorEnd,
+    watch: Callable[[], None] | None = None,
+) -> Actor:
+    """The actor of this run, with the episodes that are recorded; `watch` sees to the learner's process."""
+    folder = Path(config.output)
+    episodes = DatasetWriter(
+        folder / "episodes", fps=config.env.fps, cameras=config.rig.frame_sizes, task="online",
+        schema=config.schema(), codec=config.codec, may_wait=config.rig.simulated,
+    )  # fmt: skip
+    starts = np.stack([load_states(episode)[0][TOOL_XYZ] for episode, _ in known])
+    policy = make_policy(config.sac, len(config.rig.cameras), config.preprocess.image_size // STRIDE)
+    return Actor(link, episodes, RunLog(folder), policy, eyes, config.reward, starts, config.steps, config.seed, watch)
+
+
+def make_learner(config: Config, encoder: ViewEncoder, known: list[tuple[Episode, np.ndarray]]) -> Learner:
+    """The learner of this run, with the demonstrations cut at their success."""
+    demonstrations = trajectories(known, config.preprocess, config.reward, CUT_AFTER)
+    return Learner(
+        Path(config.output), configs.to_dict(config), config.sac, config.reward, config.schema(), encoder,
+        demonstrations, config.seed, config.device,
+    )  # fmt: skip
+
+
+def evaluate(config: Config, actor: Actor, candidate: Weights, env: Env, rig: Rig, eyes: Eyes) -> bool:
+    """Let a checkpoint's policy drive without exploring, and tell the learner; whether the person quits."""
+    policy = make_policy(config.sac, len(config.rig.cameras), config.preprocess.image_size // STRIDE)
+    policy.load_state_dict(candidate.tensors)
+    results = infer.evaluate(env, rig, policy.eval(), eyes, config.evaluate_episodes, 0.0)
+    if len(results) == config.evaluate_episodes:
+        actor.evaluated(candidate.checkpoint, results)
+    return len(results) < config.evaluate_episodes
+
+
+def agreed(config: Config, trunk: str) -> dict[str, Any]:
+    """What an actor and its learner must have in common, by dotted key."""
+    sac = config.sac
+    policy = {"activation": sac.activation, "gripper": sac.gripper, "n_obs_steps": sac.n_obs_steps}
+    policy |= {"features": sac.features}
+    parts = {"trunk": trunk, "schema": config.schema(), "reward": asdict(config.reward), "sac": policy}
+    return configs.flat(parts)
+
+
+def told(config: Config, first: int) -> Iterator[Recorded]:
+    """The online episodes on disk from number `first` on."""
+    folder = Path(config.output) / "episodes"
+    return recorded_episodes(folder, first, config.preprocess, config.reward) if folder.exists() else iter(())
+
+
+def find_link(config: Config, trunk: str) -> ActorEnd:
+    """The actor's end of the link; it looks for the learner from here on."""
+    return ActorEnd(
+        config.link.name, agreed(config, trunk), lambda: address(config), lambda: read_secret(secret_path(config)),
+        lambda first: told(config, first),
+    )  # fmt: skip
+
+
+def secret_path(config: Config) -> Path:
+    """The file with the secret that both ends share."""
+    return Path(config.link.secret) if config.link.secret else Path(config.output) / SECRET
+
+
+def address(config: Config) -> tuple[str, int] | None:
+    """Where the learner listens; None while it has not said so yet."""
+    port, told = config.link.port, Path(config.output) / ADDRESS
+    if port is None and told.exists():
+        port = read_json(told, DataError)["port"]
+    return None if port is None else (config.link.host, port)
+
+
+def finish(config: Config, done: bool) -> None:
+    """Evaluate a run that has all its steps, and write its report."""
+    folder = Path(config.output)
+    if config.role == "actor":
+        print(f"{folder}: copy checkpoints/ from the learner's run folder here to evaluate the policy (infer.py)")
         return
-    with new_folder(folder) as aside:
-        configs.save(config, aside / "config.json")
-        shutil.copytree(config.reward_model, aside / "reward")
+    run_report(folder)
+    if not done:
+        print("ended by the person; resume=true goes on")
+    elif config.evaluation_episodes:
+        infer.main(infer.Config(run=config.output, episodes=config.evaluation_episodes, seed=config.seed + 10_000))
+        run_report(folder)
+    print(f"report: {folder / 'report.html'}")
 
 
-def recorded_steps(folder: Path) -> int:
-    """Environment steps of a run's recorded episodes."""
-    episodes = folder / "episodes"
-    return sum(episode.length for episode in open_dataset(episodes).episodes) if episodes.exists() else 0
-
-
-def load_demonstrations(config: Config) -> list[Trajectory]:
-    """The demonstrations that succeed, cut at their success."""
+def known_demonstrations(config: Config) -> list[tuple[Episode, np.ndarray]]:
+    """The demonstrations that succeed, each with the observations (T + 1,) bool that show it."""
     folder = Path(config.demonstrations)
     dataset = open_dataset(folder)
     if dataset.schema is None:
@@ -439,7 +411,7 @@ def load_demonstrations(config: Config) -> list[Trajectory]:
     known = [(episode, success) for episode, success in labelled(dataset, labels) if first_success(success, CUT_AFTER)]
     if not known:
         raise DataError(f"{folder}: has no demonstration that succeeds; label one, or record more")
-    return trajectories(known, config.preprocess, config.reward, CUT_AFTER)
+    return known
 
 
 def make_missing(config: Config) -> None:
@@ -468,31 +440,6 @@ def make_missing(config: Config) -> None:
                 preprocess=config.preprocess,
             )  # fmt: skip
         )
-
-
-def run_report(folder: Path) -> None:
-    """report.html: the curves of metrics.csv, and the evaluation where there is one."""
-    metrics = read_metrics(folder)
-    steps = metrics.get("step", [])
-    sections = []
-    for title, names in (
-        ("success", ("success_last_20", "success_alone_last_20", "intervention_share")),
-        ("episode length", ("episode_steps",)),
-        ("value", ("q", "td_target")),
-        ("losses", ("critic_loss", "actor_loss")),
-        ("entropy", ("entropy",)),
-        ("temperature", ("temperature",)),
-    ):
-        series = {name: (steps, metrics[name]) for name in names if name in metrics}
-        if series:
-            sections.append((title, curve(title, "environment step", "", series)))
-    evaluation = folder / "eval.json"
-    if evaluation.exists():
-        result = json.loads(evaluation.read_text())
-        rows = [[i + 1, e["steps"], f"{e['return']:.2f}", e["success"]] for i, e in enumerate(result["episodes"])]
-        heading = f"evaluation: {result['success_rate']:.0%}, judged by {result['judge']}"
-        sections.append((heading, html_table(["episode", "steps", "return", "success"], rows)))
-    write_report(folder / "report.html", str(folder), sections)
 
 
 if __name__ == "__main__":

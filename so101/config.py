@@ -54,6 +54,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key, as a command line names them."""
+    rows: dict[str, Any] = {}
+    for name, value in values.items():
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return rows
+
+
 def save(config: Any, path: Path) -> None:
     """Write the whole config, defaults included, as JSON that `load` reads back equal."""
     write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")

@@ -4,7 +4,7 @@ One plain class instead of a stack of wrappers, because the order is the point: 
 leash, box, IK, limits, write, leader, wait, read, safety, reward (DESIGN.md, section 5).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -199,6 +199,10 @@ class Env:
         if person_drives and not quits:
             self.teleop.take_over(self.target, self.opening, self._gripper_reach)
         return observation, events
+
+    def hold(self, until: Callable[[], bool]) -> frozenset[str]:
+        """Stay where the arm is, watched, until something is so or the person quits; the keys pressed meanwhile."""
+        return self.teleop.wait(self.clock, until, self._read)
 
     def step(self, action: np.ndarray) -> Step:
         """Carry out one action (4,), or the person's instead of it, and return what came of it.

@@ -47,6 +47,17 @@ class RunLog:
             write_atomic(self._metrics, "".join(_csv_line(row) for row in [self._columns, *padded]))
         _append(self._metrics, _csv_line([_short(values.get(name, "")) for name in self._columns]))
 
+    def forget(self, column: str, above: float) -> int:
+        """Take out the rows whose `column` is above a number, of updates that a kill undid, say; how many they were."""
+        header, *rows = list(csv.reader(io.StringIO(_text(self._metrics)))) or [[]]
+        if column not in header:
+            return 0
+        at = header.index(column)
+        kept = [row for row in rows if not _number(row[at]) > above]
+        if len(kept) < len(rows):
+            write_atomic(self._metrics, "".join(_csv_line(row) for row in [header, *kept]))
+        return len(rows) - len(kept)
+
     def event(self, kind: str, **fields: Any) -> None:
         """Append one JSON object: the time of day (Unix seconds), the kind and the fields.
 
@@ -57,10 +68,15 @@ class RunLog:
         _append(self._events, json.dumps(plain) + "\n")
 
 
+def read_rows(folder: Path | str) -> list[dict[str, str]]:
+    """The rows of metrics.csv as text by column; [] where there is no file yet."""
+    return list(csv.DictReader(io.StringIO(_text(Path(folder) / "metrics.csv"))))
+
+
 def read_metrics(folder: Path | str) -> dict[str, list[float]]:
     """Each column of metrics.csv as numbers; NaN where a row has none. {} where there is no file yet."""
-    header, *rows = list(csv.reader(io.StringIO(_text(Path(folder) / "metrics.csv")))) or [[]]
-    return {name: [_number(row[index]) for row in rows] for index, name in enumerate(header)}
+    rows = read_rows(folder)
+    return {name: [_number(row[name]) for row in rows] for name in _read_columns(Path(folder) / "metrics.csv")}
 
 
 def _number(cell: str) -> float:
@@ -132,6 +148,11 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def say(self, words: str) -> None:
+        """Print a line of its own where the bar may stand."""
+        clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+        print(f"{clear}{words}", flush=True)
 
     def update(self, done: int, **info: float | int | str) -> None:
         """Show `done` of `total`, with the rate since the first update, the time left and `info`."""

@@ -98,7 +98,7 @@ def test_a_training_state_that_would_run_code_is_refused(tmp_path):
 
 
 def test_a_run_without_checkpoints_or_with_a_mark_that_names_none_says_so(tmp_path):
-    with pytest.raises(DataError, match="has no checkpoint yet"):
+    with pytest.raises(DataError, match="has no last checkpoint yet"):
         find_checkpoint(tmp_path)
     shutil.rmtree(save(tmp_path))
     with pytest.raises(DataError, match="names '000100', which is no checkpoint beside it"):

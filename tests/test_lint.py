@@ -698,7 +698,7 @@ def test_no_training_starts_on_an_error_and_a_warning_is_told(filmed, tmp_path, 
     film(filmed, 1, [np.zeros((*SIZE, 3), np.uint8)] * ROWS)
     for start in (
         lambda: train_reward.main(train_reward.Config(dataset=str(filmed), output=str(tmp_path / "reward"))),
-        lambda: train_sac.load_demonstrations(train_sac.Config(demonstrations=str(filmed))),
+        lambda: train_sac.known_demonstrations(train_sac.Config(demonstrations=str(filmed))),
     ):
         with pytest.raises(DataError, match="no training on it with 1 error, told above") as stopped:
             start()

@@ -15,18 +15,22 @@ from test_record import FaultyCamera, Scripted, labels_of, recording  # noqa: F4
 
 import record
 import train_sac
+from so101.actor import Actor
 from so101.data import layout, writer
 from so101.data.dataset import open_dataset
 from so101.data.labels import labels_path
 from so101.data.writer import DatasetWriter
 from so101.env import EnvConfig
 from so101.errors import HardwareError, SafetyStop, UserError
+from so101.learn.link import Link
+from so101.learn.sac import make_policy
 from so101.rig import RigConfig, open_rig
 from so101.robot import safety
 from so101.robot.camera import CameraConfig
 from so101.robot.feetech import REGISTERS
 from so101.robot.safety import AT_REST
 from so101.robot.teleop import TRAINING, YOU_DRIVE
+from so101.runlog import RunLog
 from so101.schema import Preprocess
 from so101.sim.camera import CameraConfig as SimCameraConfig
 from so101.sim.operator import OperatorConfig
@@ -139,25 +143,19 @@ def strike_while_closing(fault, rig, saved):
     rig.clock.on_substep.append(look)
 
 
-class Actor(train_sac.Run):
-    """A training run without its learner: the actor's own loop acts at random."""
-
-    def __init__(self, folder, config):
-        self.config, self.link, self.steps, self.ended = config, train_sac.Link(), 0, False
-        self.starts = np.array([config.env.home])
-        self.episodes = DatasetWriter(
-            folder, fps=10, cameras=config.rig.frame_sizes, task="online", schema=config.schema()
-        )
+class Blind:
+    """In place of the encoder."""
 
     def see(self, observation):
-        """In place of the encoder."""
         return observation
 
-    def log_episode(self, steps, taken):
-        self.ended = True
 
-    def close(self):
-        self.episodes.close()
+def make_actor(folder, config):
+    """An actor without a learner, which acts at random."""
+    episodes = DatasetWriter(folder, fps=10, cameras=config.rig.frame_sizes, task="online", schema=config.schema())
+    starts = np.array([config.env.home])
+    log, policy = RunLog(folder.parent), make_policy(config.sac, 1, 4)
+    return Actor(Link("actor"), episodes, log, policy, Blind(), config.reward, starts, config.steps, 0)
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +182,9 @@ def intervention(tmp_path):
             run.person = rig.teleop.keys = Scripted(rig.teleop.keys, keys, announced=(TRAINING,))
             rig.cameras = {"wrist": FaultyCamera((), (48, 64))}
             env = rig.make_env(config.env, config.preprocess, config.reward, 0)
-            actor = Actor(tmp_path / "demos", config)
-            with contextlib.closing(actor):
-                for _ in train_sac.run_actor(config, actor, env, rig, actor):
+            with contextlib.closing(make_actor(tmp_path / "demos", config)) as actor:
+                config.steps += actor.steps
+                for _ in train_sac.run_actor(config, actor, env, rig, actor.eyes):
                     pass
 
     return run

@@ -161,7 +161,8 @@ def test_discard_takes_an_episode_back_also_across_the_end_of_the_ring(tmp_path,
     replay = make_replay(trunk, tmp_path, online=10)
     add_episode(replay, 0, 6, views=blank())
     first = add_episode(replay, 50, 4, views=blank())  # slots 7 8 9 0 1
-    replay.discard(first)
+    assert first == 20 + 7
+    replay.discard([27, 28, 29, 20, 21])
     assert sorted(replay.state[replay.pools[1], 0]) == [2, 3, 4, 5]
     assert add_episode(replay, 80, 2, views=blank()) == first
     assert sorted(replay.state[replay.pools[1], 0]) == [2, 3, 4, 5, 80, 81]
@@ -360,9 +361,11 @@ def test_stacks_stay_whole_in_a_ring_and_after_a_discard(tmp_path, trunk):
     replay, time, starts = make_replay(trunk, tmp_path, online=17, frames=3), 0, []
     for length in (1, 5, 16, 9, 3, 14, 2, 11, 8, 8, 40, 1, 6):
         starts.append(time)
-        first = add_told(replay, time, length)
+        count, first = replay.online_count, add_told(replay, time, length)
         if length in (3, 11):
-            replay.discard(first)
+            slots = replay.demo_capacity + np.arange(count, replay.online_count) % replay.online_capacity
+            assert slots[0] == first
+            replay.discard(slots.tolist())
         time += length + 3
         if not replay.starts.any():
             continue
@@ -403,7 +406,8 @@ def test_views_are_renewed_oldest_first_and_remain_what_their_pixels_encode_to(t
         changed = (replay.file.features != before).reshape(50, 3, -1).any(2)
         assert np.flatnonzero(changed.any(1)).tolist() == sorted(slots[:count])
         assert changed[slot, 1:].all() and not changed[slot, 0]  # the unshifted view is what actor and classifier use
-    assert trunk.images - encoded == 2 * len(slots) and (replay.file.marks == marks).all()
+    assert trunk.images - encoded == 2 * len(slots)
+    assert (replay.file.marks[slots] == marks[slots] + 1).all()  # the same observations, their views once renewed
     assert replay.rng_state() == rng  # what is drawn next does not depend on how long the learner idled
     once = replay.file.features.copy()
     replay.refresh()
@@ -416,12 +420,15 @@ def test_views_are_renewed_oldest_first_and_remain_what_their_pixels_encode_to(t
     add_episode(resumed, 0, 2, demonstration=True)
     add_episode(resumed, 100, 3)
     assert trunk.images == encoded and (resumed.file.features == replay.file.features).all()
+    pixels = resumed.gather_pixels(draw)  # a resumed run still knows the shifts
+    torch.testing.assert_close(cached.features.float(), pixels.features, atol=2e-3, rtol=1e-3)
     assert not make_replay(trunk, tmp_path / "none", views=0).refresh()
 
 
 def test_what_was_discarded_is_not_renewed(tmp_path, trunk):
     replay = make_replay(trunk, tmp_path)
-    replay.discard(add_episode(replay, 0, 3))
+    first = add_episode(replay, 0, 3)
+    replay.discard([*range(first, first + 4)])
     encoded = trunk.images
     assert not replay.refresh() and trunk.images == encoded
 

@@ -24,11 +24,13 @@ from so101.data.labels import Labels, labels_path
 from so101.errors import ConfigError, DataError
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
 from so101.learn.eyes import Eyes
+from so101.learn.link import Link
 from so101.learn.reward import RewardConfig
 from so101.learn.sac import SacConfig
 from so101.learn.weights import write_safetensors
 from so101.rig import open_rig
 from so101.robot import teleop
+from so101.runfolder import begin_run
 from so101.runlog import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +61,17 @@ def sac_config(made, output, **changes):
     config = train_sac.Config(**settings)
     config.env.control_time_s = 2.0
     return config
+
+
+def resumed(config, eyes=None):
+    """The run's learner as a start makes it, with what is recorded taken in, and the link that it listens to."""
+    eyes = eyes or train_sac.make_eyes(config)
+    begin_run(Path(config.output), config)
+    learner = train_sac.make_learner(config, eyes.encoder, train_sac.known_demonstrations(config))
+    link = Link(config.link.name, train_sac.told(config, 0))
+    for name, message in link.receive():
+        learner.take(name, message)
+    return learner, link
 
 
 def script(*arguments, cwd=ROOT, **kwargs):
@@ -142,20 +155,19 @@ def test_train_sac_learns_checkpoints_resumes_and_is_evaluated(made, tmp_path, c
 def test_a_resumed_run_starts_from_equal_weights_and_replay(made, tmp_path):
     config = sac_config(made, tmp_path / "run")
     train_sac.main(config)
-    eyes = Eyes(None, made / "reward", config.schema(), config.sac.views, config.sac.pad, config.seed, "cpu")
-    run = train_sac.Run(tmp_path / "run", config, eyes, train_sac.load_demonstrations(config))
-    saved = load_checkpoint(tmp_path / "run", config.schema(), eyes.trunk_hash)
-    for name, tensor in run.sac.tensors().items():
+    learner, _ = resumed(config)
+    saved = load_checkpoint(tmp_path / "run", config.schema(), learner.trunk_hash)
+    for name, tensor in learner.sac.tensors().items():
         assert tensor.equal(saved.tensors[name]), name
-    assert run.updates == saved.training_state["updates"] and run.steps == saved.step
-    online = run.replay.pools[1]
+    assert learner.updates == saved.training_state["updates"] and learner.steps == saved.step
+    online = learner.replay.pools[1]
     recorded = [episode.columns() for episode in open_dataset(tmp_path / "run" / "episodes").episodes]
-    assert len(online) == run.steps
-    assert np.array_equal(run.replay.action[online], np.concatenate([c["action"] for c in recorded]))
-    assert np.array_equal(run.replay.terminated[online], np.concatenate([c["next.done"] for c in recorded]))
+    assert len(online) == learner.steps
+    assert np.array_equal(learner.replay.action[online], np.concatenate([c["action"] for c in recorded]))
+    assert np.array_equal(learner.replay.terminated[online], np.concatenate([c["next.done"] for c in recorded]))
     by_human = np.concatenate([c["complementary_info.is_intervention"] for c in recorded])
-    assert np.array_equal(run.replay.by_human[online], by_human)
-    run.close()
+    assert np.array_equal(learner.replay.by_human[online], by_human)
+    learner.close()
 
 
 def test_redo_and_a_late_verdict_reach_replay_and_disk(made, tmp_path):
@@ -184,23 +196,25 @@ def test_redo_and_a_late_verdict_reach_replay_and_disk(made, tmp_path):
         def close(self):
             pass
 
-    eyes = Eyes(None, made / "reward", config.schema(), config.sac.views, config.sac.pad, config.seed, "cpu")
-    run = train_sac.Run(tmp_path / "run", config, eyes, train_sac.load_demonstrations(config))
+    eyes = train_sac.make_eyes(config)
+    learner, link = resumed(config, eyes)
+    actor = train_sac.make_actor(config, train_sac.known_demonstrations(config), eyes, link)
     with open_rig(config.rig, 1) as rig:
         rig.teleop.keys = Person(rig.teleop.keys)
         env = rig.make_env(config.env, config.preprocess, config.reward, 1, eyes)
-        learner = train_sac.run_learner(config, run)
-        for _ in train_sac.run_actor(config, run, env, rig, eyes):
-            next(learner)
-        next(learner)
-    run.close()
+        learning = train_sac.run_learner(config, learner, link)
+        for _ in train_sac.run_actor(config, actor, env, rig, eyes):
+            next(learning)
+        next(learning)
+    actor.close()
+    learner.close()
     recorded = open_dataset(tmp_path / "run" / "episodes").episodes
-    online = run.replay.pools[1]
-    assert len(online) == run.steps == sum(episode.length for episode in recorded)
-    assert np.array_equal(run.replay.action[online], np.concatenate([e.columns()["action"] for e in recorded]))
+    online = learner.replay.pools[1]
+    assert len(online) == learner.steps == sum(episode.length for episode in recorded)
+    assert np.array_equal(learner.replay.action[online], np.concatenate([e.columns()["action"] for e in recorded]))
     # the first recorded episode is the second that began; the verdict came during the reset that followed it
     last = recorded[0].length - 1
-    assert run.replay.terminated[online[last]] and run.replay.reward[online[last]] == 0
+    assert learner.replay.terminated[online[last]] and learner.replay.reward[online[last]] == 0
     labels = Labels.load(labels_path(tmp_path / "run" / "episodes"))
     assert labels.episodes[0].all_fail and list(labels.episodes) == [0]
 
@@ -208,28 +222,30 @@ def test_redo_and_a_late_verdict_reach_replay_and_disk(made, tmp_path):
 def test_a_lost_picture_drops_an_online_episode_whole_and_an_evaluated_one_is_run_again(made, tmp_path):
     """The camera fails in the first reset, in the second episode and in the fourth: never three in a row."""
     config = sac_config(made, tmp_path / "run", steps=30)
-    eyes = Eyes(None, made / "reward", config.schema(), config.sac.views, config.sac.pad, config.seed, "cpu")
-    run = train_sac.Run(tmp_path / "run", config, eyes, train_sac.load_demonstrations(config))
+    eyes = train_sac.make_eyes(config)
+    learner, link = resumed(config, eyes)
+    actor = train_sac.make_actor(config, train_sac.known_demonstrations(config), eyes, link)
     with open_rig(config.rig, 1) as rig:
         # A verdict after an episode that was dropped has nothing to correct.
         rig.teleop.keys = Scripted(rig.teleop.keys, {(3, 1): "failure"}, announced=(teleop.TRAINING,))
         rig.cameras = {"wrist": FaultyCamera({1, 10, 40})}
         env = rig.make_env(config.env, config.preprocess, config.reward, 1, eyes)
-        learner = train_sac.run_learner(config, run)
-        for _ in train_sac.run_actor(config, run, env, rig, eyes):
-            next(learner)
-        next(learner)
+        learning = train_sac.run_learner(config, learner, link)
+        for _ in train_sac.run_actor(config, actor, env, rig, eyes):
+            next(learning)
+        next(learning)
         rig.cameras["wrist"].fails_at = {rig.cameras["wrist"].looks + 5}
-        results = infer.evaluate(env, rig, run.sac.policy, eyes, 1, 0.0)
-    run.close()
+        results = infer.evaluate(env, rig, learner.sac.policy, eyes, 1, 0.0)
+    actor.close()
+    learner.close()
     heard = rig.teleop.keys.heard
     assert heard.count("episode dropped: camera wrist: newest frame is 0.7 s old") == 4 and len(results) == 1
     recorded = open_dataset(tmp_path / "run" / "episodes").episodes
-    online = run.replay.pools[1]
-    assert len(online) == run.steps == sum(episode.length for episode in recorded) >= 30
-    assert np.array_equal(run.replay.action[online], np.concatenate([e.columns()["action"] for e in recorded]))
+    online = learner.replay.pools[1]
+    assert len(online) == learner.steps == sum(episode.length for episode in recorded) >= 30
+    assert np.array_equal(learner.replay.action[online], np.concatenate([e.columns()["action"] for e in recorded]))
     assert np.array_equal(
-        run.replay.truncated[online], np.concatenate([e.columns()["next.truncated"] for e in recorded])
+        learner.replay.truncated[online], np.concatenate([e.columns()["next.truncated"] for e in recorded])
     )
     assert not labels_path(tmp_path / "run" / "episodes").exists()
 
@@ -261,7 +277,7 @@ def test_an_unfinished_recording_is_finished_as_it_was_begun(made, tmp_path):
 
 def test_a_run_that_never_took_a_step_does_not_stand_in_the_way(made, tmp_path):
     config = sac_config(made, tmp_path / "run", steps=20)
-    train_sac.begin_run(tmp_path / "run", config)
+    begin_run(tmp_path / "run", config)
     config.env.home = [0.25, 0.0, 0.12]
     with pytest.raises(ConfigError, match="env.home"):
         train_sac.main(config)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: each a folder, whole or absent; `last` is a text file naming one.
+"""Checkpoints of a training run: each a folder, whole or absent; `last` and `best` are text files naming one.
 
 A kill at any instant leaves what was there before. A checkpoint is never written over another.
 """
@@ -65,13 +65,18 @@ def save_checkpoint(
     return folder / name
 
 
-def find_checkpoint(run_folder: Path) -> Path:
-    """The folder that `last` names. Raises DataError where there is none."""
-    marker = run_folder / "checkpoints" / "last"
+def mark_best(run_folder: Path, name: str) -> None:
+    """Make `best` name a checkpoint."""
+    write_atomic(run_folder / "checkpoints" / "best", name + "\n")
+
+
+def find_checkpoint(run_folder: Path, which: str = "last") -> Path:
+    """The folder that `last` or `best` names. Raises DataError where there is none."""
+    marker = run_folder / "checkpoints" / which
     try:
         name = marker.read_text().strip()
     except OSError as error:
-        raise DataError(f"{run_folder}: has no checkpoint yet ({marker} cannot be read)") from error
+        raise DataError(f"{run_folder}: has no {which} checkpoint yet ({marker} cannot be read)") from error
     if not name or not (marker.parent / name).is_dir():
         raise DataError(f"{marker}: names {name!r}, which is no checkpoint beside it")
     return marker.parent / name

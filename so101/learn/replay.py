@@ -30,6 +30,8 @@ from so101.learn.networks import feature_maps
 from so101.learn.resnet10 import CHANNELS, STRIDE, ResNet10
 from so101.schema import ACTION, STATE
 
+TURNS = 1 << 16  # a mark's lowest bits count how often the views were renewed
+
 
 class Batch(NamedTuple):
     """B transitions; features are (B, frames * cameras, 512, h, w), float16 from the cache, oldest frame first.
@@ -186,6 +188,7 @@ class Replay:
         self.turn = np.zeros(slots, np.int64)  # times that the shifted views were renewed
         self.age = np.zeros(slots, np.int64)  # the larger, the later they were made; 0: there are none
         self._ages = itertools.count(1)
+        self.touched: set[int] = set()  # slots that changed, for a copy of this elsewhere to follow
         self.demo_count = self.online_count = 0  # observations ever added
         self.rng = np.random.default_rng(seed)
         self._pools: tuple[np.ndarray, np.ndarray] | None = None
@@ -195,9 +198,9 @@ class Replay:
     ) -> int:
         """Store frames (cameras, S, S, 3) uint8 and state (18,); returns the slot.
 
-        `views` are the frames' features where they are known (live: the actor encoded them). Without, as for
-        demonstrations and episodes read back from disk, they are taken from the feature file if it holds this
-        observation, and encoded if it does not. Raises DataError for other frames than these, and where the
+        `views` are the frames' features where they are known (live: the actor encoded them), all or the unshifted one.
+        What is missing, as for demonstrations and episodes read back from disk, is taken from the feature file if it
+        holds this observation, and encoded if it does not. Raises DataError for other frames than these, and where the
         demonstrations' slots are full.
         """
         if images.dtype != np.uint8 or images.shape != self.images.shape[1:]:
@@ -219,14 +222,23 @@ class Replay:
         self.starts[slot] = False
         self.history[slot], self.held[slot] = slot, 1  # an episode starts from here, its gripper open, until told else
         self._pools = None
+        self.touched.add(slot)
         if self.file is not None:
             mark = _mark(demonstration, number, self.state[slot])
-            if views is not None:
-                self.file.write(slot, views, mark)
-            elif self.file.marks[slot] != mark:
-                self.file.write(slot, self.encoder.encode(images), mark)
-            self.turn[slot], self.age[slot] = 0, next(self._ages)
+            stored, whole = int(self.file.marks[slot]), views is not None and len(views) > self.encoder.views
+            known = not whole and 0 <= stored - mark < TURNS
+            self.turn[slot] = stored - mark if known else 0
+            if not known:
+                self.file.write(slot, self._complete(images, views), mark)
+            self.age[slot] = next(self._ages)
         return slot
+
+    def _complete(self, images: np.ndarray, views: Tensor | None) -> Tensor:
+        """All views of some frames, where some of them or none are encoded."""
+        if views is None:
+            return self.encoder.encode(images)
+        missing = self.encoder.shifted(images)[len(views) :]
+        return torch.cat([views, self.encoder.run_trunk(missing).half()]) if len(missing) else views
 
     def refresh(self) -> bool:
         """Renew the shifted views of the observation whose are oldest; False where there are none to renew.
@@ -237,12 +249,14 @@ class Replay:
             return False
         made = np.flatnonzero(self.age)
         slot = int(made[self.age[made].argmin()])
-        self.turn[slot] += 1
+        self.turn[slot] = (self.turn[slot] + 1) % TURNS
         shifted = self.encoder.shifted(self.images[slot], int(self.turn[slot]))[1:]
         unshifted = torch.from_numpy(self.file.features[slot, :1].copy())
         views = torch.cat([unshifted, self.encoder.run_trunk(shifted).half()])
-        self.file.write(slot, views, int(self.file.marks[slot]))
+        mark = int(self.file.marks[slot])
+        self.file.write(slot, views, mark - mark % TURNS + int(self.turn[slot]))
         self.age[slot] = next(self._ages)
+        self.touched.add(slot)
         return True
 
     def add_transition(
@@ -264,6 +278,7 @@ class Replay:
         self.held[next_slot] = told or self.held[slot]
         self.history[next_slot] = [*self.history[slot, 1:], next_slot]
         self.starts[slot] = True
+        self.touched |= {slot, next_slot}
         self._pools = None
 
     def correct(self, slot: int, reward: float, terminated: bool) -> None:
@@ -272,18 +287,19 @@ class Replay:
             raise DataError(f"replay: slot {slot} holds no transition to correct; correct an episode before the next")
         self.reward[slot], self.terminated[slot] = reward, terminated
         self.truncated[slot] &= not terminated
+        self.touched.add(slot)
 
-    def discard(self, first: int) -> None:
-        """Take back the online observations from slot `first` to the newest, the episode they are, say.
+    def discard(self, slots: list[int]) -> None:
+        """Take back the online observations in `slots`, an episode that was dropped, say.
 
-        The ring steps back, so that what it holds stays in step with the episodes that were kept on disk.
+        Where they are the newest, the ring steps back, so that what it holds stays in step with the episodes that
+        were kept on disk.
         """
-        newest = (self.online_count - 1) % self.online_capacity
-        count = (newest - (first - self.demo_capacity)) % self.online_capacity + 1
-        self.online_count -= count
-        positions = np.arange(self.online_count, self.online_count + count)
-        slots = self.demo_capacity + positions % self.online_capacity
+        newest = [self.demo_capacity + n % self.online_capacity for n in range(self.online_count)[-len(slots) :]]
+        if slots == newest:
+            self.online_count -= len(slots)
         self.starts[slots], self.age[slots] = False, 0
+        self.touched.update(slots)
         self._pools = None
 
     @property
@@ -363,7 +379,7 @@ class Replay:
 def _mark(demonstration: bool, number: int, state: np.ndarray) -> int:
     """What tells an observation from any other: its place in its stream and its state; never 0, a free slot.
 
-    Not its pixels: online frames come back from a lossy video.
+    Not its pixels: online frames come back from a lossy video. The lowest bits are 0, for the turn of its views.
     """
     digest = blake2b(bytes([demonstration]) + number.to_bytes(8, "little") + state.tobytes(), digest_size=8)
-    return int.from_bytes(digest.digest(), "little") | 1
+    return (int.from_bytes(digest.digest(), "little") | TURNS) // TURNS * TURNS

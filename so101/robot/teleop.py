@@ -282,8 +282,13 @@ class Teleop:
                 break
             clock.sleep_until(began + min(seconds, waited + PAUSE_LOOK))
             look()
-        events = self._pressed()
-        while self.paused and "quit" not in events:
+        return self.wait(clock, lambda: not self.paused, look, self._pressed())
+
+    def wait(
+        self, clock: Clock, until: Callable[[], bool], look: Callable[[], object], events: frozenset[str] = frozenset()
+    ) -> frozenset[str]:
+        """Let time pass until something is so or the person quits; `events` and the keys pressed meanwhile."""
+        while not until() and "quit" not in events:
             clock.sleep_until(clock.now() + PAUSE_LOOK)
             look()
             events |= self._pressed()

@@ -1,0 +1,507 @@
+"""The link between actor and learner as two processes, on one machine or on two (through an SSH tunnel).
+
+The learner holds a torch.distributed TCPStore that listens on 127.0.0.1 alone. A store lets whoever reaches its
+port read, write and even list keys, so no key can be a secret: every message carries an HMAC under the shared
+secret, with its sender's session and its number, and what does not verify is refused. Nothing is ever unpickled:
+arrays cross as .safetensors bytes, the rest as JSON.
+
+Both ends may come and go. A session is one life of one end. When the learner's changes, the actor joins anew: it
+is told how many of its episodes are known, sends the others from its disk, and then the one that it is in.
+"""
+
+import hashlib
+import hmac
+import json
+import math
+import os
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+from so101.errors import ConfigError, DataError, UserError, tell
+from so101.learn.link import (
+    Corrected,
+    Discarded,
+    Evaluated,
+    Experience,
+    Joined,
+    Left,
+    Moved,
+    Recorded,
+    Seen,
+    Started,
+    Status,
+    Weights,
+)
+from so101.learn.weights import pack, unpack
+
+PART = 4_000_000  # bytes in one value; the store takes 8 MiB
+MOST_PARTS = 1000
+WHOLE, IN_PARTS = b"w", b"p"  # what a queue's entry begins with
+MOST_UNREAD = 64  # messages that may wait for a busy learner; an environment step is one
+POLL = 0.02  # s between an actor's looks at the learner
+REPORT_EVERY = 0.1  # s
+ANSWER_WITHIN = 10.0  # s; a call to the store that takes longer has lost its learner
+CONNECT_WITHIN = 2.0  # s
+AGAIN_AFTER = 0.5  # s between two tries to find the learner
+MAC = hashlib.sha256().digest_size
+
+
+class Answer(NamedTuple):
+    """The learner's to an actor that joined: episodes of it that are known; or what it must do instead."""
+
+    known: int = 0
+    refused: str = ""
+    again: bool = False  # join again: a message was lost
+
+
+class Beat(NamedTuple):
+    """What the learner last said, and where its newest weights lie: name and number of parts by kind."""
+
+    status: Status
+    weights: tuple[str, int] | None = None
+    evaluation: tuple[str, int] | None = None
+    evaluator: str = ""  # the actor that is to make it
+
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        Joined, Left, Started, Moved, Corrected, Discarded, Recorded, Evaluated, Weights, Status, Answer, Beat
+    )
+}  # fmt: skip
+
+
+class Envelope(NamedTuple):
+    """A message, whose it is, and its number in its session."""
+
+    session: str
+    number: int
+    message: Any
+
+
+def seal(secret: bytes, envelope: Envelope) -> bytes:
+    """MAC, length of the JSON, JSON, .safetensors."""
+    arrays: dict[str, torch.Tensor] = {}
+    plain = _take_apart(envelope.message, "", arrays)
+    head = json.dumps([envelope.session, envelope.number, type(envelope.message).__name__, plain]).encode()
+    body = len(head).to_bytes(8, "little") + head + pack(arrays)
+    return hmac.digest(secret, body, "sha256") + body
+
+
+def unseal(secret: bytes, sealed: bytes) -> Envelope:
+    """What `seal` closed. Raises DataError where it was not closed with this secret."""
+    body = sealed[MAC:]
+    if not hmac.compare_digest(hmac.digest(secret, body, "sha256"), sealed[:MAC]):
+        raise DataError("link: a message was changed, or written with another secret; it is refused")
+    size = 8 + int.from_bytes(body[:8], "little")
+    session, number, kind, plain = json.loads(body[8:size])
+    return Envelope(session, number, _put_together(KINDS[kind], plain, "", unpack(body[size:], "link")))
+
+
+def _take_apart(message: NamedTuple, prefix: str, arrays: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A message's plain fields; its arrays go to `arrays`, by the names of the fields that lead to them."""
+    plain: dict[str, Any] = {}
+    for name, value in message._asdict().items():
+        if isinstance(value, np.ndarray | torch.Tensor):
+            # Copied: torch warns of a frame that may not be written.
+            arrays[prefix + name] = value if isinstance(value, torch.Tensor) else torch.from_numpy(value.copy())
+        elif isinstance(value, Seen | Status):
+            plain[name] = _take_apart(value, f"{prefix}{name}.", arrays)
+        elif name == "tensors":
+            arrays.update({f"{prefix}{name}.{key}": tensor for key, tensor in value.items()})
+        else:
+            plain[name] = value.item() if isinstance(value, np.generic) else value
+    return plain
+
+
+def _put_together(kind: Any, plain: dict[str, Any], prefix: str, arrays: dict[str, torch.Tensor]) -> Any:
+    fields: dict[str, Any] = {}
+    for name in kind._fields:
+        nested, value = {"seen": Seen, "status": Status}.get(name), plain.get(name)
+        if nested is not None:
+            fields[name] = _put_together(nested, value or {}, f"{prefix}{name}.", arrays)
+        elif name == "tensors":
+            start = f"{prefix}{name}."
+            fields[name] = {key.removeprefix(start): item for key, item in arrays.items() if key.startswith(start)}
+        elif prefix + name in arrays:
+            array = arrays[prefix + name]
+            fields[name] = array if name == "views" else array.numpy()
+        else:
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**fields)
+
+
+def make_secret(path: Path) -> bytes:
+    """The secret in `path`, which only its owner may read; made now where there is none."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(secrets.token_hex(32) + "\n")
+    return read_secret(path)
+
+
+def read_secret(path: Path) -> bytes:
+    """The secret in `path`. Raises ConfigError where it is missing, too short, or open to others."""
+    try:
+        text, mode = path.read_text().strip(), path.stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"link.secret: {path} cannot be read ({error.strerror}); copy the learner's here") from None
+    if os.name == "posix" and mode & 0o077:
+        raise ConfigError(f"link.secret: {path} can be read by others; chmod 600 {path}")
+    if len(text) < 32:
+        raise ConfigError(f"link.secret: {path} has {len(text)} characters, needs 32; delete it to get a new one")
+    return text.encode()
+
+
+class _Post:
+    """One end's life on the store: what it writes is sealed, what it reads is verified."""
+
+    def __init__(self, server: Store, secret: bytes) -> None:
+        # The prefix keeps two links on one port apart; it need not be secret, since keys can be listed.
+        self.store = PrefixStore(hashlib.sha256(b"prefix" + secret).hexdigest()[:16], server)
+        self.session, self._secret, self._sent = secrets.token_hex(8), secret, 0
+
+    def put(self, message: NamedTuple) -> tuple[str, int]:
+        """Store a message in parts; returns their name and number."""
+        return self._put(self._sealed(message))
+
+    def get(self, name: str, parts: int) -> Envelope:
+        """The message that `put` stored. Raises DataError where it is not what was written."""
+        keys = [f"{name}/{number}" for number in range(parts)]
+        if not self.store.check(keys):
+            raise DataError(f"link: message {name} is gone")
+        return unseal(self._secret, b"".join(self.store.get(key) for key in keys))
+
+    def delete(self, name: str, parts: int) -> None:
+        """Take a stored message away."""
+        for number in range(parts):
+            self.store.delete_key(f"{name}/{number}")
+
+    def push(self, queue: str, message: NamedTuple) -> None:
+        """Append a message to a queue: itself, or where it is long the name of its parts."""
+        sealed = self._sealed(message)
+        if len(sealed) <= PART:
+            self.store.queue_push(queue, WHOLE + sealed)
+        else:
+            self.store.queue_push(queue, IN_PARTS + json.dumps(self._put(sealed)).encode())
+
+    def pop(self, queue: str) -> Envelope | None:
+        """The oldest message of a queue, None where it is empty. Raises DataError where it was tampered with."""
+        if not self.store.queue_len(queue):
+            return None
+        said = self.store.queue_pop(queue, False)
+        if said[:1] == WHOLE:
+            return unseal(self._secret, said[1:])
+        try:
+            name, parts = json.loads(said[1:])
+            envelope = self.get(str(name), min(int(parts), MOST_PARTS))
+        except (ValueError, TypeError):
+            raise DataError("link: somebody else writes to this port") from None
+        self.delete(name, parts)
+        return envelope
+
+    def show(self, key: str, message: NamedTuple) -> None:
+        """Set a key to a small message, in place of the one before."""
+        self.store.set(key, self._sealed(message))  # type: ignore[arg-type]
+
+    def shown(self, key: str) -> Envelope | None:
+        """The message that a key shows; None where there is none."""
+        return unseal(self._secret, self.store.get(key)) if self.store.check([key]) else None
+
+    def _sealed(self, message: NamedTuple) -> bytes:
+        self._sent += 1
+        return seal(self._secret, Envelope(self.session, self._sent, message))
+
+    def _put(self, sealed: bytes) -> tuple[str, int]:
+        name, starts = f"{self.session}/{self._sent}", range(0, len(sealed), PART)
+        for number, start in enumerate(starts):
+            self.store.set(f"{name}/{number}", sealed[start : start + PART])  # type: ignore[arg-type]
+        return name, len(starts)
+
+
+class LearnerEnd:
+    """The learner's end: its own store, experience from any number of actors, weights for all of them."""
+
+    def __init__(self, secret: bytes, port: int, about: dict[str, Any]) -> None:
+        """Listens on 127.0.0.1:`port`, 0 for any that is free; `about` is what an actor must agree on."""
+        try:
+            listening = socket.create_server(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(f"link.port: {port} cannot be had ({error.strerror}); name another, or null") from None
+        self.port: int = listening.getsockname()[1]
+        server = TCPStore(
+            "127.0.0.1", self.port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach(),
+            timeout=timedelta(seconds=ANSWER_WITHIN),
+        )  # fmt: skip
+        self._post, self._about = _Post(server, secret), json.loads(json.dumps(about))
+        self._last: dict[str, int] = {}  # session of each actor that is there -> number of its last message
+        self._names: dict[str, str] = {}  # session -> name; also of those that have gone
+        self._beat, self._reported = Beat(Status()), 0.0
+        self._old: dict[str, tuple[str, int]] = {}  # weights that an actor may still be taking
+        self.report(Status(), at_once=True)
+
+    @property
+    def actors(self) -> int:
+        """How many actors are there."""
+        return len(self._last)
+
+    def receive(self) -> Iterator[tuple[str, Experience]]:
+        """All experience that has come, each with the name of its actor. What is not an actor's own is refused."""
+        while (envelope := self._popped("join")) is not None:
+            if self._let_in(envelope):
+                yield envelope.message.name, envelope.message
+        for session, name in list(self._names.items()):
+            while session in self._last and (envelope := self._popped(f"from/{session}", session)) is not None:
+                if envelope.session != session or envelope.number != self._last[session] + 1:
+                    self._send_back(session, f"message {self._last[session] + 1} of actor {name!r} is missing")
+                    break
+                self._last[session] += 1
+                if isinstance(envelope.message, Left):
+                    del self._last[session]
+                yield name, envelope.message
+
+    def welcome(self, name: str, known: int) -> None:
+        """Tell an actor that has joined how many of its episodes are known."""
+        for session in self._last:
+            if self._names[session] == name:
+                self._post.push(f"to/{session}", Answer(known))
+
+    def publish(self, weights: Weights) -> None:
+        """Offer new weights, to act with or to evaluate, in place of the ones before."""
+        kind, place = "evaluation" if weights.checkpoint else "weights", self._post.put(weights)
+        older = self._old.pop(kind, None)
+        if (before := getattr(self._beat, kind)) is not None:
+            self._old[kind] = before
+        self._beat = self._beat._replace(evaluation=place) if weights.checkpoint else self._beat._replace(weights=place)
+        self.report(self._beat.status, at_once=True)
+        if older is not None:
+            self._post.delete(*older)
+
+    def report(self, status: Status, at_once: bool = False) -> None:
+        """Say how far the learner is; also the sign that it is there."""
+        now = time.monotonic()
+        if at_once or now - self._reported > REPORT_EVERY:
+            evaluator = self._names[next(iter(self._last))] if self._last else ""
+            self._beat, self._reported = self._beat._replace(status=status, evaluator=evaluator), now
+            self._post.show("beat", self._beat)
+
+    def close(self) -> None:
+        """Let go of the store, and with it of the port."""
+        del self._post
+
+    def _popped(self, queue: str, session: str | None = None) -> Envelope | None:
+        try:
+            return self._post.pop(queue)
+        except DataError as error:
+            if session is None:
+                tell(str(error))
+            else:
+                self._send_back(session, str(error))
+            return None
+
+    def _let_in(self, envelope: Envelope) -> bool:
+        """Whether an actor that knocks comes in: it agrees with this learner, and is not an old knock come again."""
+        session = envelope.session
+        if not isinstance(envelope.message, Joined) or session in self._names:
+            return False
+        name, learner, about = envelope.message
+        if learner != self._post.session:
+            return False
+        self._names[session] = name
+        differing = [key for key in self._about if about.get(key) != self._about[key]]
+        if differing:
+            here = self._about
+            said = "; ".join(f"{key} is {about.get(key)!r} there, {here[key]!r} at the learner" for key in differing)
+            self._post.push(f"to/{session}", Answer(refused=f"actor {name!r} has another config: {said}"))
+            return False
+        for other in [other for other in self._last if self._names[other] == name]:
+            taken = f"another actor named {name!r} has joined; give each its own link.name"
+            self._post.push(f"to/{other}", Answer(refused=taken))
+            del self._last[other]
+        self._last[session] = envelope.number
+        return True
+
+    def _send_back(self, session: str, why: str) -> None:
+        tell(f"{why}; the actor is asked to send its episode again")
+        del self._last[session]
+        self._post.push(f"to/{session}", Answer(again=True))
+
+
+class ActorEnd:
+    """The actor's end: a thread finds the learner, sends what the loop hands it, fetches weights, and again."""
+
+    def __init__(
+        self,
+        name: str,
+        about: dict[str, Any],
+        address: Callable[[], tuple[str, int] | None],
+        secret: Callable[[], bytes],
+        recorded: Callable[[int], Iterator[Recorded]],
+    ) -> None:
+        """`address()` and `secret()` are asked at each try; `recorded(n)` gives the episodes on disk from n on."""
+        self.name, self._about = name, about
+        self._address, self._secret, self._recorded = address, secret, recorded
+        self._lock = threading.Lock()
+        self._unsent: deque[Experience] = deque()
+        self._episode: list[Experience] = []  # what was sent of the newest episode, for a learner that forgot it
+        self._number = 0  # of that episode
+        self._saved = 0  # episodes on disk, as far as they were sent from here
+        self._weights: Weights | None = None
+        self._evaluation: Weights | None = None
+        self._status = Status()
+        self._heard, self._beat_seen = -math.inf, 0
+        self._failed: UserError | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="link", daemon=True)
+        self._thread.start()
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the learner was heard of, inf before. Raises what the thread met that it cannot mend."""
+        if self._failed is not None:
+            raise self._failed
+        return time.monotonic() - self._heard
+
+    @property
+    def heard(self) -> bool:
+        """Whether the learner was ever heard of."""
+        return self.silent < math.inf
+
+    @property
+    def status(self) -> Status:
+        """What the learner last said."""
+        return self._status
+
+    def send(self, message: Experience) -> None:
+        """Hand experience to the learner; an episode's last transition after the episode is on disk. Never waits."""
+        with self._lock:
+            self._unsent.append(message)
+            if isinstance(message, Started):
+                self._episode, self._number = [], message.number
+            if isinstance(message, Moved) and (message.terminated or message.truncated):
+                self._saved = self._number + 1
+            self._episode = [] if isinstance(message, Discarded) else [*self._episode, message]
+
+    def take_weights(self) -> Weights | None:
+        """The newest weights, if they were not taken yet."""
+        with self._lock:
+            taken, self._weights = self._weights, None
+            return taken
+
+    def take_evaluation(self) -> Weights | None:
+        """The weights to evaluate before the next episode, once."""
+        with self._lock:
+            taken, self._evaluation = self._evaluation, None
+            return taken
+
+    def close(self) -> None:
+        """Send what is left, as long as the learner takes it, and go."""
+        self._closing.set()
+        self._thread.join(timeout=3 * ANSWER_WITHIN)
+
+    def _work(self) -> None:
+        while self._failed is None:
+            try:
+                if (address := self._address()) is not None:
+                    host, port = address
+                    within = timedelta(seconds=CONNECT_WITHIN)
+                    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=within)
+                    store.set_timeout(timedelta(seconds=ANSWER_WITHIN))
+                    self._talk(_Post(store, self._secret()))
+            except DistError:  # nobody there, or gone: again
+                pass
+            except UserError as error:
+                self._failed = error
+            if self._closing.wait(AGAIN_AFTER):
+                return
+
+    def _talk(self, post: _Post) -> None:
+        """Join, catch up, then pass on until the learner's life ends or ours does."""
+        beat = self._hear(post, "")
+        if beat is None:
+            return
+        learner = beat.session
+        post.push("join", Joined(self.name, learner, self._about))
+        while (answer := self._answer(post)) is None:
+            if self._closing.is_set() or self._hear(post, learner) is None:
+                return
+            time.sleep(POLL)
+        if answer.again or not self._catch_up(post, learner, answer.known):
+            return
+        taken: Beat | None = None
+        while (beat := self._hear(post, learner)) is not None:
+            taken = self._fetch(post, beat.message, taken)
+            if (answer := self._answer(post)) is not None and answer.again:
+                return
+            ending = self._closing.is_set()
+            if not self._pass_on(post) and ending:
+                post.push(f"from/{post.session}", Left())
+                return
+            time.sleep(POLL)
+
+    def _hear(self, post: _Post, learner: str) -> Envelope | None:
+        """The learner's newest sign of life; None where there is none, or it is another's than `learner`."""
+        beat = post.shown("beat")
+        if beat is None or (learner and beat.session != learner):
+            return None
+        if beat.number != self._beat_seen:
+            self._beat_seen, self._heard, self._status = beat.number, time.monotonic(), beat.message.status
+        return beat
+
+    def _answer(self, post: _Post) -> Answer | None:
+        envelope = post.pop(f"to/{post.session}")
+        if envelope is not None and envelope.message.refused:
+            raise ConfigError(f"link: {envelope.message.refused}")
+        return None if envelope is None else envelope.message
+
+    def _catch_up(self, post: _Post, learner: str, known: int) -> bool:
+        """Send the episodes on disk that are not known, then put the newest one's messages in line."""
+        while True:
+            for recorded in self._recorded(known):
+                while post.store.queue_len(f"from/{post.session}") >= 2:  # an episode may be megabytes
+                    if self._closing.is_set() or self._hear(post, learner) is None:
+                        return False
+                    time.sleep(POLL)
+                post.push(f"from/{post.session}", recorded)
+                known = recorded.number + 1
+            with self._lock:
+                if known >= self._saved:
+                    running = self._number == self._saved
+                    self._unsent = deque(m for m in self._episode if running or isinstance(m, Corrected | Evaluated))
+                    return True
+
+    def _fetch(self, post: _Post, beat: Beat, taken: Beat | None) -> Beat:
+        """Take the weights that are newer than those of `taken`; an evaluation only if it is this actor's."""
+        if beat.weights and (taken is None or beat.weights != taken.weights):
+            weights = post.get(*beat.weights).message
+            with self._lock:
+                self._weights = weights
+        if beat.evaluation and beat.evaluator == self.name and (taken is None or beat.evaluation != taken.evaluation):
+            evaluation = post.get(*beat.evaluation).message
+            with self._lock:
+                self._evaluation = evaluation
+        return beat
+
+    def _pass_on(self, post: _Post) -> bool:
+        """Send what is in line, as much as the learner has room for; whether something is left."""
+        room = 0  # asked for now and then: each question takes a round trip
+        while self._unsent:
+            room = room or max(0, MOST_UNREAD - post.store.queue_len(f"from/{post.session}"))
+            if not room:
+                return True
+            with self._lock:
+                message = self._unsent.popleft()
+            post.push(f"from/{post.session}", message)
+            room -= 1
+        return False

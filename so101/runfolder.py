@@ -1,0 +1,109 @@
+"""The folder of a training run: begun whole, taken up again only as it was begun, and its report."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from so101 import config as configs
+from so101.data.dataset import open_dataset
+from so101.errors import ConfigError, DataError
+from so101.files import new_folder, read_json
+from so101.learn.checkpoint import find_checkpoint
+from so101.plots import curve, html_table, write_report
+from so101.runlog import RunLog, read_metrics
+
+# What a person may change between two parts of a run without changing what is learned.
+FREE = (
+    "output", "resume", "changed", "steps", "evaluation_episodes", "evaluate_every", "evaluate_episodes",
+    "checkpoint_every", "mode", "role", "link", "device",
+)  # fmt: skip
+
+
+def check_run(folder: Path, config: Any) -> None:
+    """Refuse a run folder that exists, or with resume=true one that was begun with another config.
+
+    A change is printed; config.changed says that it is meant.
+    """
+    if not folder.exists() or ((folder / "config.json").exists() and not begun(folder)):
+        return  # new, or begun and stopped before anything was kept
+    if not config.resume:
+        raise DataError(f"{folder}: exists and is never overwritten; name another with output=, or resume=true")
+    before = configs.flat(configs.to_dict(configs.load(type(config), folder / "config.json")))
+    now = configs.flat(configs.to_dict(config))
+    said = [
+        f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in {**before, **now}
+        if key.partition(".")[0] not in FREE and before.get(key) != now.get(key)
+    ]
+    if not said:
+        return
+    print(f"{folder}: the config differs from what the run was begun with:", *said, sep="\n")
+    if not config.changed:
+        raise ConfigError(
+            f"{folder}: the config has changed; say changed=true if that is meant, or keep it: "
+            f"python train_sac.py --config {folder / 'config.json'} output={folder} resume=true"
+        )
+    RunLog(folder).event("config_changed", changes=said)
+
+
+def begin_run(folder: Path, config: Any) -> None:
+    """Make the run folder with its config and its classifier, whole or not at all; on a resume, note the new config."""
+    if folder.exists():
+        configs.save(config, folder / "config.json")
+        return
+    with new_folder(folder) as aside:
+        configs.save(config, aside / "config.json")
+        shutil.copytree(config.reward_model, aside / "reward")
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run folder holds anything that was learned or recorded."""
+    return (folder / "checkpoints" / "last").exists() or recorded_steps(folder) > 0
+
+
+def require_episodes(folder: Path, missing: int) -> None:
+    """Refuse a run whose last checkpoint has seen over `missing` steps more than are recorded: episodes were lost."""
+    if (folder / "checkpoints" / "last").exists():
+        step, recorded = read_json(find_checkpoint(folder) / "schema.json", DataError)["step"], recorded_steps(folder)
+        if step > recorded + missing:
+            held = f"{folder / 'episodes'}: holds {recorded} steps, the checkpoint is of {step}"
+            raise DataError(f"{held}; restore the episodes, or begin a new run")
+
+
+def recorded_steps(folder: Path) -> int:
+    """Environment steps of a run's recorded episodes."""
+    episodes = folder / "episodes"
+    return sum(episode.length for episode in open_dataset(episodes).episodes) if episodes.exists() else 0
+
+
+def run_report(folder: Path) -> None:
+    """report.html: the curves of metrics.csv, and the evaluation where there is one."""
+    metrics = read_metrics(folder)
+    steps = metrics.get("step", [])
+    sections = []
+    for title, names in (
+        ("success", ("success_last_20", "success_alone_last_20", "intervention_share", "evaluated_success")),
+        ("episode length", ("episode_steps", "intervention_length", "evaluated_steps")),
+        ("value", ("q", "q_max", "td_target")),
+        ("spread of the critics' values", ("q_spread", "q_share")),
+        ("losses", ("critic_loss", "actor_loss")),
+        ("entropy", ("entropy",)),
+        ("temperature", ("temperature",)),
+        ("size of the policy's actions", ("action_size",)),
+        ("successes in 100 steps", ("reward_rate",)),
+        ("brightness, in the demonstrations' standard deviations", ("brightness_drift",)),
+        ("updates per step", ("utd_asked", "utd_done")),
+        ("rates, 1/s", ("actor_hz", "updates_per_s")),
+        ("age of the policy, s", ("policy_age",)),
+    ):
+        series = {name: (steps, metrics[name]) for name in names if name in metrics}
+        if series:
+            sections.append((title, curve(title, "environment step", "", series)))
+    evaluation = folder / "eval.json"
+    if evaluation.exists():
+        result = json.loads(evaluation.read_text())
+        rows = [[i + 1, e["steps"], f"{e['return']:.2f}", e["success"]] for i, e in enumerate(result["episodes"])]
+        heading = f"evaluation: {result['success_rate']:.0%}, judged by {result['judge']}"
+        sections.append((heading, html_table(["episode", "steps", "return", "success"], rows)))
+    write_report(folder / "report.html", str(folder), sections)
