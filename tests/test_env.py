@@ -326,6 +326,20 @@ def grasp(env, rig):
         env.step(np.array([0, 0, 0, -1.0]))
 
 
+def test_a_gripper_that_is_opened_and_closed_in_turns_is_spared():
+    """A policy after 1,000 steps did so until its servo reported an overload, which only a power cut clears."""
+    with an_env(control_time_s=60.0) as (env, rig):
+        env.reset()
+        limits, chatter = [], np.array([0, 0, 0, 1.0])
+        for tick in range(100):
+            env.step(chatter if tick % 2 else -chatter)
+            limits.append(rig.arm.bus.read(6, "Torque_Limit"))
+        assert set(limits) == {200, 500} and limits.count(500) > limits.count(200) > 20
+        for _ in range(20):
+            env.step(STILL)
+        assert rig.arm.bus.read(6, "Torque_Limit") == 500  # and has all of its torque again
+
+
 def test_a_gripper_holds_the_cube_with_limited_torque_and_lets_go_with_all_of_it():
     """Hardware reference G11: at full torque it burns, and its servo calls 25 % for 2 s an overload."""
     with an_env() as (env, rig):

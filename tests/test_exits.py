@@ -325,6 +325,7 @@ def disk_lost(place: Workplace) -> None:
     """The dataset's folder takes no more files. Who is root may write anywhere, so a file lies in the way instead."""
     process = place.record()
     place.wait_for(lambda: place.finished() == 1, process)
+    time.sleep(1)  # until the linter has read it too
     data, away = place.dataset / "data", place.dataset / "away"
     data.rename(away)
     data.write_text("")

@@ -178,6 +178,11 @@ class Arm:
         if failed:
             raise ServoError(f"{len(failed)} servos could not be told to hold. " + "; ".join(failed))
 
+    def spare(self, name: str, weak: bool) -> None:
+        """Let a joint go on with the torque of a hold, or with all of it again."""
+        hold = GRIP_TORQUE if name == "gripper" else HOLD_TORQUE
+        self._set_torque_limit(name, hold if weak else self.bus.read(self._id(name), "Max_Torque_Limit"))
+
     def lean(self, name: str, goal: float) -> None:
         """Send a held joint another goal (rad), at the reduced torque that it holds with."""
         joint = JOINTS.index(name)

@@ -29,6 +29,7 @@ TRIES = 3  # to bring an arm to rest whose blocked joint came free
 # free joint past FREED though gravity costs it up to 0.11 (rad, all).
 LEAN, FREED = 0.12, 0.03
 LEAN_S, LOOK_S = 0.3, 0.5
+SPARE_S = 0.5  # s of reduced torque; any pause resets the servo's own count
 STALL_MOTION = 0.02  # rad or opening; less than this is no motion
 LONGEST_TICK = 1.0  # s; after a longer pause between checks (a reset) durations are counted anew
 GRIPPER = np.array([name == "gripper" for name in JOINTS])
@@ -76,6 +77,7 @@ class Watchdog:
         self._since: dict[str, np.ndarray] = {}  # by advice: (6,) s at which each joint's trouble began, inf for none
         self._stood = np.zeros(6)  # (6,) where each joint was when it last moved on
         self._told: set[tuple[str, str]] = set()
+        self._weak_until: float | None = None  # s; for as long the gripper is spared
 
     def check(self, reading: Reading, commanded: np.ndarray) -> list[str]:
         """The joints that are to hold where they are (Arm.hold does it); `commanded` (6,) is where they should be.
@@ -132,7 +134,24 @@ class Watchdog:
         reading = arm.read()
         if to_hold := self.check(reading, arm.commanded):
             arm.hold(to_hold)
+        self._spare_gripper(arm, reading)
         return reading
+
+    def _spare_gripper(self, arm: Arm, reading: Reading) -> None:
+        """Give a gripper that strains without a pause a weak moment, or its servo calls it an overload.
+
+        It need not stand still for that: a policy that had learned half opened and closed it in turns for 2 s.
+        """
+        free = "gripper" not in arm.held  # on what it has grasped it is weak already
+        hard = GRIPPER & (np.abs(reading.load) >= self.config.grip_load) & free
+        if self._lasts("strain", hard, self.config.stall_s).any() and self._weak_until is None:
+            self._weak_until = self.clock.now() + SPARE_S
+            arm.spare("gripper", True)
+        elif self._weak_until is not None and self.clock.now() >= self._weak_until:
+            self._weak_until = None
+            self._since.pop("strain")
+            if free:
+                arm.spare("gripper", False)
 
     def _stalled(self, reading: Reading, commanded: np.ndarray) -> np.ndarray:
         """Which joints (6,) push hard, and come no nearer to where they should be."""
