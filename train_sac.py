@@ -49,7 +49,8 @@ from so101.learn.link import Joined, Link, Recorded, Weights
 from so101.learn.replay import ViewEncoder
 from so101.learn.resnet10 import STRIDE, load_resnet10
 from so101.learn.sac import SacConfig, make_policy
-from so101.learn.wire import ActorEnd, LearnerEnd, make_secret, read_secret
+from so101.learn.sealed import make_secret, read_secret
+from so101.learn.wire import ActorEnd, LearnerEnd
 from so101.learner import Learner
 from so101.processes import LearnerProcess, parent_is_gone
 from so101.rig import Rig, RigConfig, describe_task, open_rig
@@ -415,8 +416,16 @@ def known_demonstrations(config: Config) -> list[tuple[Episode, np.ndarray]]:
 
 
 def make_missing(config: Config) -> None:
-    """Record demonstrations and train the classifier where they are not there yet, saying so."""
+    """Record demonstrations and train the classifier where they are not there yet, saying so.
+
+    Of two machines neither does: they must have the same.
+    """
     demonstrations, reward_model = Path(config.demonstrations), Path(config.reward_model)
+    if config.role != "both":
+        for folder in (demonstrations, reward_model):
+            if not folder.exists():
+                raise DataError(f"{folder}: is not there; copy it here, {config.role} and the other side need the same")
+        return
     if begun := record.unfinished(demonstrations):
         print(f"{demonstrations} was not finished: recording up to {begun.episodes} episodes first (record.py)")
         record.main(begun)

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from so101.learn.weights import write_safetensors
 from so101.rig import open_rig
 from so101.robot import teleop
 from so101.runfolder import begin_run
-from so101.runlog import read_metrics
+from so101.runlog import read_metrics, read_rows
 
 ROOT = Path(__file__).parent.parent
 SMALL_SAC = SacConfig(batch_size=16, views=1, utd_ratio=2, buffer_size=300)
@@ -376,6 +377,10 @@ def test_record_killed_at_any_instant_loses_at_most_the_episode_in_progress(tmp_
         (["train_sac.py", "seed=-1"], 2, "seed: got -1"),
         (["train_sac.py", "device=banana"], 2, "device: got 'banana', this machine has cpu"),
         (["train_sac.py", "checkpoint_every=0"], 2, "checkpoint_every"),
+        (["train_sac.py", "role=learner"], 2, "role: 'learner' needs mode=parallel"),
+        (["train_sac.py", "role=actor", "mode=parallel"], 2, "role=actor needs link.port and link.secret"),
+        (["train_sac.py", "role=learner", "mode=parallel"], 4, "outputs/lift_demos: is not there; copy it here"),
+        (["train_sac.py", "link.port=70000"], 2, "link.port"),
         (["record.py", "env.fps=0"], 2, "fps"),
         (["record.py", "env.fps=20"], 2, "must divide 50"),
         (["record.py", "env.action_scale=0"], 2, "action_scale"),
@@ -472,12 +477,46 @@ def test_a_weight_file_of_another_shape_is_refused(made, tmp_path):
         train_sac.main(sac_config(made, tmp_path / "run", encoder=str(tmp_path / "other.safetensors")))
 
 
-def test_a_resume_with_another_config_is_refused(made, tmp_path):
+def test_a_resume_with_another_config_prints_what_differs_and_wants_it_confirmed(made, tmp_path, capsys):
     config = sac_config(made, tmp_path / "run", steps=20)
     train_sac.main(config)
-    config.resume, config.sac = True, SacConfig(batch_size=16, views=1, utd_ratio=2, buffer_size=300, lr=1e-3)
-    with pytest.raises(ConfigError, match="sac"):
+    config.resume, config.steps, config.checkpoint_every = True, 40, 20  # free to change
+    config.sac = SacConfig(batch_size=16, views=1, utd_ratio=2, buffer_size=300, lr=1e-3)
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match=r"the config has changed; say changed=true if that is meant, or keep it"):
         train_sac.main(config)
+    assert capsys.readouterr().out.splitlines()[1:] == ["  sac.lr: 0.0003 -> 0.001"]
+    assert configs.load(train_sac.Config, tmp_path / "run" / "config.json").sac.lr == 3e-4
+    config.changed = True
+    train_sac.main(config)
+    assert configs.load(train_sac.Config, tmp_path / "run" / "config.json").sac.lr == 1e-3
+    assert (
+        '"config_changed", "changes": ["  sac.lr: 0.0003 -> 0.001"]' in (tmp_path / "run" / "events.jsonl").read_text()
+    )
+
+
+def test_a_run_whose_episodes_were_lost_is_refused(made, tmp_path):
+    config = sac_config(made, tmp_path / "run", steps=60)
+    config.env.control_time_s = 1.0
+    train_sac.main(config)
+    shutil.rmtree(tmp_path / "run" / "episodes")
+    config.resume = True
+    with pytest.raises(DataError, match="holds 0 steps, the checkpoint is of .*restore the episodes"):
+        train_sac.main(config)
+
+
+def test_checkpoints_are_evaluated_on_the_way_and_the_best_is_kept(made, tmp_path, capsys):
+    config = sac_config(made, tmp_path / "run", steps=60, checkpoint_every=1000, evaluate_every=20, evaluate_episodes=1)
+    config.env.control_time_s = 1.0
+    train_sac.main(config)
+    rows = [row for row in read_rows(tmp_path / "run") if row.get("evaluated_success")]
+    assert [int(row["step"]) for row in rows] == [20, 40, 60][: len(rows)] and len(rows) >= 2
+    assert capsys.readouterr().out.count("checkpoint 0000") == len(rows)
+    best = find_checkpoint(tmp_path / "run", "best")
+    scores = {row["step"]: (float(row["evaluated_success"]), -float(row["evaluated_steps"])) for row in rows}
+    assert scores[str(int(best.name))] == max(scores.values())
+    infer.main(infer.Config(run=config.output, episodes=1, checkpoint="best"))
+    assert len(open_dataset(tmp_path / "run" / "episodes").episodes) == 6  # evaluations are no experience
 
 
 @pytest.mark.parametrize("name", ["record", "label", "train_reward", "train_sac", "infer"])

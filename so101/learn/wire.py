@@ -1,19 +1,16 @@
 """The link between actor and learner as two processes, on one machine or on two (through an SSH tunnel).
 
 The learner holds a torch.distributed TCPStore that listens on 127.0.0.1 alone. A store lets whoever reaches its
-port read, write and even list keys, so no key can be a secret: every message carries an HMAC under the shared
-secret, with its sender's session and its number, and what does not verify is refused. Nothing is ever unpickled:
-arrays cross as .safetensors bytes, the rest as JSON.
+port read, write and even list keys, so no key can be a secret: every message is sealed (sealed.py), with its sender's
+session and its number, and what does not verify is refused.
 
 Both ends may come and go. A session is one life of one end. When the learner's changes, the actor joins anew: it
 is told how many of its episodes are known, sends the others from its disk, and then the one that it is in.
 """
 
 import hashlib
-import hmac
 import json
 import math
-import os
 import secrets
 import socket
 import threading
@@ -21,11 +18,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from so101.errors import ConfigError, DataError, UserError, tell
@@ -38,12 +32,11 @@ from so101.learn.link import (
     Left,
     Moved,
     Recorded,
-    Seen,
     Started,
     Status,
     Weights,
 )
-from so101.learn.weights import pack, unpack
+from so101.learn.sealed import Answer, Beat, Envelope, seal, unseal
 
 PART = 4_000_000  # bytes in one value; the store takes 8 MiB
 MOST_PARTS = 1000
@@ -53,115 +46,8 @@ POLL = 0.02  # s between an actor's looks at the learner
 REPORT_EVERY = 0.1  # s
 ANSWER_WITHIN = 10.0  # s; a call to the store that takes longer has lost its learner
 CONNECT_WITHIN = 2.0  # s
+TAKEN_WITHIN = 60.0  # s; an actor that takes longer for some weights is not waited for with the next
 AGAIN_AFTER = 0.5  # s between two tries to find the learner
-MAC = hashlib.sha256().digest_size
-
-
-class Answer(NamedTuple):
-    """The learner's to an actor that joined: episodes of it that are known; or what it must do instead."""
-
-    known: int = 0
-    refused: str = ""
-    again: bool = False  # join again: a message was lost
-
-
-class Beat(NamedTuple):
-    """What the learner last said, and where its newest weights lie: name and number of parts by kind."""
-
-    status: Status
-    weights: tuple[str, int] | None = None
-    evaluation: tuple[str, int] | None = None
-    evaluator: str = ""  # the actor that is to make it
-
-
-KINDS = {
-    kind.__name__: kind
-    for kind in (
-        Joined, Left, Started, Moved, Corrected, Discarded, Recorded, Evaluated, Weights, Status, Answer, Beat
-    )
-}  # fmt: skip
-
-
-class Envelope(NamedTuple):
-    """A message, whose it is, and its number in its session."""
-
-    session: str
-    number: int
-    message: Any
-
-
-def seal(secret: bytes, envelope: Envelope) -> bytes:
-    """MAC, length of the JSON, JSON, .safetensors."""
-    arrays: dict[str, torch.Tensor] = {}
-    plain = _take_apart(envelope.message, "", arrays)
-    head = json.dumps([envelope.session, envelope.number, type(envelope.message).__name__, plain]).encode()
-    body = len(head).to_bytes(8, "little") + head + pack(arrays)
-    return hmac.digest(secret, body, "sha256") + body
-
-
-def unseal(secret: bytes, sealed: bytes) -> Envelope:
-    """What `seal` closed. Raises DataError where it was not closed with this secret."""
-    body = sealed[MAC:]
-    if not hmac.compare_digest(hmac.digest(secret, body, "sha256"), sealed[:MAC]):
-        raise DataError("link: a message was changed, or written with another secret; it is refused")
-    size = 8 + int.from_bytes(body[:8], "little")
-    session, number, kind, plain = json.loads(body[8:size])
-    return Envelope(session, number, _put_together(KINDS[kind], plain, "", unpack(body[size:], "link")))
-
-
-def _take_apart(message: NamedTuple, prefix: str, arrays: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A message's plain fields; its arrays go to `arrays`, by the names of the fields that lead to them."""
-    plain: dict[str, Any] = {}
-    for name, value in message._asdict().items():
-        if isinstance(value, np.ndarray | torch.Tensor):
-            # Copied: torch warns of a frame that may not be written.
-            arrays[prefix + name] = value if isinstance(value, torch.Tensor) else torch.from_numpy(value.copy())
-        elif isinstance(value, Seen | Status):
-            plain[name] = _take_apart(value, f"{prefix}{name}.", arrays)
-        elif name == "tensors":
-            arrays.update({f"{prefix}{name}.{key}": tensor for key, tensor in value.items()})
-        else:
-            plain[name] = value.item() if isinstance(value, np.generic) else value
-    return plain
-
-
-def _put_together(kind: Any, plain: dict[str, Any], prefix: str, arrays: dict[str, torch.Tensor]) -> Any:
-    fields: dict[str, Any] = {}
-    for name in kind._fields:
-        nested, value = {"seen": Seen, "status": Status}.get(name), plain.get(name)
-        if nested is not None:
-            fields[name] = _put_together(nested, value or {}, f"{prefix}{name}.", arrays)
-        elif name == "tensors":
-            start = f"{prefix}{name}."
-            fields[name] = {key.removeprefix(start): item for key, item in arrays.items() if key.startswith(start)}
-        elif prefix + name in arrays:
-            array = arrays[prefix + name]
-            fields[name] = array if name == "views" else array.numpy()
-        else:
-            fields[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**fields)
-
-
-def make_secret(path: Path) -> bytes:
-    """The secret in `path`, which only its owner may read; made now where there is none."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(secrets.token_hex(32) + "\n")
-    return read_secret(path)
-
-
-def read_secret(path: Path) -> bytes:
-    """The secret in `path`. Raises ConfigError where it is missing, too short, or open to others."""
-    try:
-        text, mode = path.read_text().strip(), path.stat().st_mode
-    except OSError as error:
-        raise ConfigError(f"link.secret: {path} cannot be read ({error.strerror}); copy the learner's here") from None
-    if os.name == "posix" and mode & 0o077:
-        raise ConfigError(f"link.secret: {path} can be read by others; chmod 600 {path}")
-    if len(text) < 32:
-        raise ConfigError(f"link.secret: {path} has {len(text)} characters, needs 32; delete it to get a new one")
-    return text.encode()
 
 
 class _Post:
@@ -248,6 +134,7 @@ class LearnerEnd:
         self._last: dict[str, int] = {}  # session of each actor that is there -> number of its last message
         self._names: dict[str, str] = {}  # session -> name; also of those that have gone
         self._beat, self._reported = Beat(Status()), 0.0
+        self._published = 0.0  # s; when the newest weights were
         self._old: dict[str, tuple[str, int]] = {}  # weights that an actor may still be taking
         self.report(Status(), at_once=True)
 
@@ -278,15 +165,30 @@ class LearnerEnd:
                 self._post.push(f"to/{session}", Answer(known))
 
     def publish(self, weights: Weights) -> None:
-        """Offer new weights, to act with or to evaluate, in place of the ones before."""
+        """Offer new weights, to act with or to evaluate, in place of the ones before.
+
+        Weights to act with wait until all actors have those before: over a slow line one could never get any.
+        """
+        if not weights.checkpoint and not self._all_taken():
+            return
         kind, place = "evaluation" if weights.checkpoint else "weights", self._post.put(weights)
         older = self._old.pop(kind, None)
         if (before := getattr(self._beat, kind)) is not None:
             self._old[kind] = before
         self._beat = self._beat._replace(evaluation=place) if weights.checkpoint else self._beat._replace(weights=place)
+        if not weights.checkpoint:
+            self._published = time.monotonic()
         self.report(self._beat.status, at_once=True)
         if older is not None:
             self._post.delete(*older)
+
+    def _all_taken(self) -> bool:
+        """Whether each actor that has caught up took the newest weights, or had its time."""
+        newest, store = self._beat.weights, self._post.store
+        if newest is None or time.monotonic() - self._published > TAKEN_WITHIN:
+            return True
+        keys = [key for session in self._last if store.check([key := f"taken/{session}"])]
+        return all(store.get(key) == newest[0].encode() for key in keys)
 
     def report(self, status: Status, at_once: bool = False) -> None:
         """Say how far the learner is; also the sign that it is there."""
@@ -440,6 +342,7 @@ class ActorEnd:
         if answer.again or not self._catch_up(post, learner, answer.known):
             return
         taken: Beat | None = None
+        post.store.set(f"taken/{post.session}", "none")
         while (beat := self._hear(post, learner)) is not None:
             taken = self._fetch(post, beat.message, taken)
             if (answer := self._answer(post)) is not None and answer.again:
@@ -487,6 +390,7 @@ class ActorEnd:
             weights = post.get(*beat.weights).message
             with self._lock:
                 self._weights = weights
+            post.store.set(f"taken/{post.session}", beat.weights[0])
         if beat.evaluation and beat.evaluator == self.name and (taken is None or beat.evaluation != taken.evaluation):
             evaluation = post.get(*beat.evaluation).message
             with self._lock:
