@@ -6,7 +6,9 @@ from test_scripts import made, resumed, sac_config  # noqa: F401  (a fixture)
 
 import train_sac
 from so101.errors import DataError
-from so101.learn.link import Corrected, Discarded, Joined, Left, Moved, Recorded, Seen, Started
+from so101.learn.link import Corrected, Discarded, Joined, Left, Link, Moved, Recorded, Seen, Started
+from so101.rig import open_rig
+from so101.runfolder import begin_run
 from so101.runlog import read_rows
 
 
@@ -91,3 +93,49 @@ def test_weights_that_act_otherwise_than_the_learner_says_are_refused(made, tmp_
         actor._swap(good._replace(trunk_hash="other"))
     actor.close()
     learner.close()
+
+
+class Sulking(Link):
+    """A learner that is silent until it was looked at so many times."""
+
+    def __init__(self, name, looks):
+        super().__init__(name)
+        self.looks, self.sent = looks, []
+
+    @property
+    def silent(self):
+        self.looks -= 1
+        return 99.0 if self.looks > 0 else 0.0
+
+    def send(self, message):
+        self.sent.append((self.looks, message))
+
+
+@pytest.mark.parametrize("quits", [False, True])
+def test_the_arm_holds_after_a_reset_while_the_learner_is_silent(made, tmp_path, capsys, quits):  # noqa: F811
+    config = sac_config(made, tmp_path / "run", steps=5)
+    config.env.control_time_s = 0.5
+    eyes = train_sac.make_eyes(config)
+    begin_run(tmp_path / "run", config)
+    link = Sulking("actor", looks=10)
+    actor = train_sac.make_actor(config, train_sac.known_demonstrations(config), eyes, link)
+    with open_rig(config.rig, 1) as rig:
+        env = rig.make_env(config.env, config.preprocess, config.reward, 1, eyes)
+        resets, reset, moves, command = [], env.reset, [], rig.arm.command
+        env.reset = lambda: resets.append(link.looks) or reset()
+        rig.arm.command = lambda goals: moves.append(link.looks) or command(goals)
+        if quits:
+            rig.teleop.keys.poll, rig.teleop.keys.quits = lambda: ["quit"] if link.looks < 6 else [], lambda: False
+        for _ in train_sac.run_actor(config, actor, env, rig, eyes):
+            pass
+    actor.close()
+    assert (
+        "the learner has been silent for 99 s; the arm holds until it is back, q ends the run"
+        in capsys.readouterr().err
+    )
+    started = [looks for looks, message in link.sent if isinstance(message, Started)]
+    if quits:
+        assert not link.sent and actor.steps == 0
+    else:
+        assert started and started[0] <= 0 and len(resets) == len(started) + 1  # what it saw before the wait is old
+        assert not [looks for looks in moves if 1 <= looks <= 8]  # nothing was commanded meanwhile
