@@ -65,7 +65,9 @@ def main(config: Config) -> None:
     require_new(output, "output")
     dataset = open_dataset(Path(config.dataset))
     if dataset.schema is None:
-        raise DataError(f"{dataset.folder}: says nothing of its states and cameras; convert it first")
+        raise DataError(
+            f"{dataset.folder}: says nothing of its states and cameras; `python -m so101.tools.edit convert` makes a set that does"
+        )
     wanted = {"state": list(STATE), "units": UNITS, "image": asdict(config.preprocess)}
     require_same({key: dataset.schema.get(key) for key in wanted}, wanted, str(dataset.folder))
     require_clean(dataset)
@@ -108,7 +110,9 @@ def evaluate(config: Config, folder: str) -> None:
         require_new(Path(config.report), "report")
     dataset, output = open_dataset(Path(folder)), Path(config.output)
     if dataset.schema is None:
-        raise DataError(f"{dataset.folder}: says nothing of its states and cameras; convert it first")
+        raise DataError(
+            f"{dataset.folder}: says nothing of its states and cameras; `python -m so101.tools.edit convert` makes a set that does"
+        )
     trained_on = read_reward_file(output).provenance
     trunk = load_resnet10(config.encoder or (trained_on.get("config") or {}).get("encoder"))
     detector = load_reward(output, dataset.schema, trunk_hash(trunk))

@@ -405,7 +405,9 @@ def known_demonstrations(config: Config) -> list[tuple[Episode, np.ndarray]]:
     folder = Path(config.demonstrations)
     dataset = open_dataset(folder)
     if dataset.schema is None:
-        raise DataError(f"{folder}: says nothing of its actions and states; convert it first")
+        raise DataError(
+            f"{folder}: says nothing of its actions and states; `python -m so101.tools.edit convert` makes a set that does"
+        )
     require_same(dataset.schema, config.schema(), str(folder))
     require_clean(dataset, config.env.locked_joints)
     labels = load_labels(folder, dataset.observations)

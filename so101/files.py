@@ -48,6 +48,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+def link_or_copy(path: Path, place: Path) -> None:
+    """Bring a finished file to a new place: as a link, or as a copy on another disk."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path.resolve(), place)  # what a symbolic link leads to
+    except OSError:  # another disk, or one that knows no links
+        shutil.copyfile(path, place)
+        sync_file(place)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder that is whole or absent: fill the one that this yields; it gets its name when the block ends well.

@@ -315,7 +315,10 @@ class Video(NamedTuple):
 
 @functools.lru_cache(maxsize=8)  # LeRobot puts many episodes into one file
 def _look(path: Path, changed_ns: int) -> Video:
-    with VideoReader(path) as reader, av.open(str(path)) as container:  # the reader names a file that is damaged
+    with (
+        VideoReader(path) as reader,
+        av.open(str(path.absolute())) as container,
+    ):  # the reader names a file that is damaged
         stream = container.streams.video[0]
         return Video(stream.codec_context.codec.canonical_name, reader.times * float(stream.time_base or 0))
 

@@ -191,6 +191,22 @@ def image_size(feature: dict[str, Any]) -> tuple[int, int]:
     return height, width
 
 
+def placed(columns: dict[str, np.ndarray], fps: float, episode: int, first: int, task: int) -> dict[str, np.ndarray]:
+    """The columns, (T,) or (T, d), with those that follow from the episode's place in the dataset.
+
+    `first` is the dataset's number of frames before it.
+    """
+    length = len(columns["action"])
+    rows = np.arange(length, dtype=np.int64)
+    return columns | {
+        "timestamp": (rows / fps).astype(np.float32),
+        "frame_index": rows,
+        "episode_index": np.full(length, episode, np.int64),
+        "index": first + rows,
+        "task_index": np.full(length, task, np.int64),
+    }
+
+
 def write_parquet(path: Path, table: pa.Table, **how: bool) -> None:
     """Write a table with checksums: of single flipped bits 88 of 400 changed values without a word, so 8 do."""
     # A relative path with a colon were the address of a file system.

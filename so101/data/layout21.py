@@ -5,20 +5,17 @@ place for the closing observation.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from so101.data import layout
 from so101.data.dataset import Closing
 from so101.data.stats import QUANTILES, column_stats, frame_histogram, image_stats, sampled_frames
 from so101.data.video import Codec, read_frame
-from so101.files import sync_file, write_atomic
+from so101.files import link_or_copy, sync_file, write_atomic
 
 VERSION = "v2.1"
 DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
@@ -56,14 +53,8 @@ class Writer21:
         at = {"episode_chunk": index // layout.CHUNK_FILES, "episode_index": index}
         if task not in self._tasks:
             self._tasks.append(task)
-        rows = np.arange(length, dtype=np.int64)
-        table = {name: np.asarray(columns[name], dtype) for name, (dtype, _) in layout.COLUMNS.items()} | {
-            "timestamp": (rows / self.fps).astype(np.float32),
-            "frame_index": rows,
-            "episode_index": np.full(length, index, np.int64),
-            "index": self._frames + rows,
-            "task_index": np.full(length, self._tasks.index(task), np.int64),
-        }
+        given = {name: np.asarray(columns[name], dtype) for name, (dtype, _) in layout.COLUMNS.items()}
+        table = layout.placed(given, self.fps, index, self._frames, self._tasks.index(task))
         stats = {name: column_stats(values) for name, values in table.items()}
         for camera, (path, first) in videos.items():
             key = layout.IMAGES + camera
@@ -72,7 +63,7 @@ class Writer21:
             stats[key] = image_stats(np.stack(sampled))
         data = self.folder / DATA_PATH.format(**at)
         data.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(layout.data_table(table), data, compression="snappy")
+        layout.write_parquet(data, layout.data_table(table))
         sync_file(data)
         plain = {
             name: {key: value.tolist() for key, value in found.items() if key not in QUANTILES}
@@ -105,13 +96,3 @@ class Writer21:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomic(meta / f"{name}.jsonl", "".join(lines))
         write_atomic(meta / "info.json", json.dumps(self._info, indent=4, ensure_ascii=False) + "\n")
-
-
-def link_or_copy(path: Path, place: Path) -> None:
-    """Bring a finished file to a new place: as a link, or as a copy on another disk."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path.resolve(), place)  # what a symbolic link leads to
-    except OSError:  # another disk, or one that knows no links
-        shutil.copyfile(path, place)
-        sync_file(place)

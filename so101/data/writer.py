@@ -30,7 +30,7 @@ from so101.data.stats import (
 )
 from so101.data.video import Codec, VideoWriter, read_frame
 from so101.errors import DataError, EpisodeAborted, UserError
-from so101.files import new_folder, sync_file, sync_folder, write_atomic
+from so101.files import link_or_copy, new_folder, sync_file, sync_folder, write_atomic
 from so101.schema import ACTION, STATE, require_same
 from so101.signals import signals_held
 
@@ -219,10 +219,7 @@ class DatasetWriter:
         if known in self._brought:
             return _Video(None, self._brought[known], first, histograms)
         staged = self.folder / ".staging" / f"episode_{self.episodes:06d}.{camera}.mp4"
-        try:
-            os.link(path.resolve(), staged)  # what a symbolic link leads to
-        except OSError:  # another disk, or one that knows no links
-            shutil.copyfile(path, staged)
+        link_or_copy(path, staged)
         self._brought[known] = layout.place_of(self.episodes)
         return _Video(staged, self._brought[known], first, histograms)
 
@@ -310,18 +307,6 @@ class DatasetWriter:
         frames = {layout.IMAGES + camera: closing.frames[camera] for camera in self.cameras}
         return {**state, **frames, "capture_time": np.float64(closing.capture_time)}
 
-    def _placed(self, columns: dict[str, np.ndarray], task: str) -> dict[str, np.ndarray]:
-        """The columns, (T,) or (T, d), with those that follow from the episode's place in the dataset."""
-        length = len(columns["action"])
-        rows = np.arange(length, dtype=np.int64)
-        return columns | {
-            "timestamp": (rows / self.fps).astype(np.float32),
-            "frame_index": rows,
-            "episode_index": np.full(length, self.episodes, np.int64),
-            "index": self._frames + rows,
-            "task_index": np.full(length, self._task_index(task), np.int64),
-        }
-
     def _task_index(self, task: str) -> int:
         return self._tasks.index(task) if task in self._tasks else len(self._tasks)
 
@@ -331,7 +316,7 @@ class DatasetWriter:
         """Write the episode's files in `.staging`, then move them into place; the last one commits it."""
         index, at = self.episodes, layout.place_of(self.episodes)
         stage = self.folder / ".staging" / f"episode_{index:06d}"
-        columns = self._placed(columns, task)
+        columns = layout.placed(columns, self.fps, self.episodes, self._frames, self._task_index(task))
         stats = {name: column_stats(values) for name, values in columns.items()}
         moves: list[tuple[Path, str]] = []
         for camera, video in videos.items():

@@ -24,7 +24,9 @@ class Judge:
     def __init__(self, folder: Path, dataset: Dataset) -> None:
         """Raises DataError where the classifier is damaged, or was made for other states, cameras or frames."""
         if dataset.schema is None:
-            raise DataError(f"{dataset.folder}: says nothing of its states, so no classifier fits; convert it first")
+            raise DataError(
+                f"{dataset.folder}: says nothing of its states, so no classifier fits; `python -m so101.tools.edit convert` makes a set that does"
+            )
         trained = read_reward_file(folder).provenance.get("config")
         if not isinstance(trained, dict) or not isinstance(encoder := trained.get("encoder"), str | None):
             raise DataError(f"{folder / 'reward.json'}: provenance.config must hold the encoder's name, or null for it")
