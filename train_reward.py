@@ -64,12 +64,9 @@ def main(config: Config) -> None:
     output = Path(config.output)
     require_new(output, "output")
     dataset = open_dataset(Path(config.dataset))
-    if dataset.schema is None:
-        raise DataError(
-            f"{dataset.folder}: says nothing of its states and cameras; `python -m so101.tools.edit convert` makes a set that does"
-        )
+    schema = dataset.require_schema()
     wanted = {"state": list(STATE), "units": UNITS, "image": asdict(config.preprocess)}
-    require_same({key: dataset.schema.get(key) for key in wanted}, wanted, str(dataset.folder))
+    require_same({key: schema.get(key) for key in wanted}, wanted, str(dataset.folder))
     require_clean(dataset)
     labels_file = labels_path(dataset.folder)
     labels = load_labels(dataset.folder, dataset.observations)
@@ -93,8 +90,8 @@ def main(config: Config) -> None:
     of_final = provenance | {"report": {"episodes": report["episodes"], **report["final"]}}
     with new_folder(output) as aside:
         write_page(aside / "report.html", report, images, success, episode_ids)
-        save_reward(aside, best, dataset.schema, trunk_hash(trunk), provenance)
-        save_reward(aside / "final", final, dataset.schema, trunk_hash(trunk), of_final)
+        save_reward(aside, best, schema, trunk_hash(trunk), provenance)
+        save_reward(aside / "final", final, schema, trunk_hash(trunk), of_final)
     frames = report["at_threshold"]
     print(
         f"held-out episodes {report['episodes']['held_out']}: {frames['accuracy']:.1%} of frames right, "
@@ -109,17 +106,14 @@ def evaluate(config: Config, folder: str) -> None:
     if config.report is not None:
         require_new(Path(config.report), "report")
     dataset, output = open_dataset(Path(folder)), Path(config.output)
-    if dataset.schema is None:
-        raise DataError(
-            f"{dataset.folder}: says nothing of its states and cameras; `python -m so101.tools.edit convert` makes a set that does"
-        )
+    schema = dataset.require_schema()
     trained_on = read_reward_file(output).provenance
     trunk = load_resnet10(config.encoder or (trained_on.get("config") or {}).get("encoder"))
-    detector = load_reward(output, dataset.schema, trunk_hash(trunk))
+    detector = load_reward(output, schema, trunk_hash(trunk))
     if trained_on.get("dataset") == str(dataset.folder):
         print(f"warning: {dataset.folder} is what it was trained on; this says nothing of other episodes")
     labels = load_labels(dataset.folder, dataset.observations)
-    spec = Preprocess(**dataset.schema["image"])
+    spec = Preprocess(**schema["image"])
     images, states, success, episode_ids = load_frames(dataset, labels, spec)
     with Progress("encode", len(images), "frame") as progress:
         plain = replace(config.reward, views=0, consecutive=detector.consecutive)

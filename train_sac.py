@@ -404,11 +404,7 @@ def known_demonstrations(config: Config) -> list[tuple[Episode, np.ndarray]]:
     """The demonstrations that succeed, each with the observations (T + 1,) bool that show it."""
     folder = Path(config.demonstrations)
     dataset = open_dataset(folder)
-    if dataset.schema is None:
-        raise DataError(
-            f"{folder}: says nothing of its actions and states; `python -m so101.tools.edit convert` makes a set that does"
-        )
-    require_same(dataset.schema, config.schema(), str(folder))
+    require_same(dataset.require_schema(), config.schema(), str(folder))
     require_clean(dataset, config.env.locked_joints)
     labels = load_labels(folder, dataset.observations)
     known = [(episode, success) for episode, success in labelled(dataset, labels) if first_success(success, CUT_AFTER)]

@@ -175,6 +175,15 @@ class Dataset:
         """How many observations each episode has, which is what a label speaks of."""
         return [episode.observations for episode in self.episodes]
 
+    def require_schema(self) -> dict[str, Any]:
+        """What schema.describe says of it. Raises DataError where another program recorded it, which said nothing."""
+        if self.schema is None:
+            raise DataError(
+                f"{self.folder}: says nothing of its states, actions and cameras; "
+                f"`python -m so101.tools.edit convert` makes a set that does"
+            )
+        return self.schema
+
 
 def open_dataset(folder: Path | str) -> Dataset:
     """Open a v3.0 or v2.1 dataset, LeRobot's or ours; not a byte of it changes.

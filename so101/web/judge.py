@@ -23,15 +23,12 @@ class Judge:
 
     def __init__(self, folder: Path, dataset: Dataset) -> None:
         """Raises DataError where the classifier is damaged, or was made for other states, cameras or frames."""
-        if dataset.schema is None:
-            raise DataError(
-                f"{dataset.folder}: says nothing of its states, so no classifier fits; `python -m so101.tools.edit convert` makes a set that does"
-            )
+        schema = dataset.require_schema()
         trained = read_reward_file(folder).provenance.get("config")
         if not isinstance(trained, dict) or not isinstance(encoder := trained.get("encoder"), str | None):
             raise DataError(f"{folder / 'reward.json'}: provenance.config must hold the encoder's name, or null for it")
-        self._eyes = Eyes(encoder, folder, dataset.schema, views=0, pad=0, seed=0, device="cpu")
-        self._spec, self._cameras = Preprocess(**dataset.schema["image"]), dataset.schema["cameras"]
+        self._eyes = Eyes(encoder, folder, schema, views=0, pad=0, seed=0, device="cpu")
+        self._spec, self._cameras = Preprocess(**schema["image"]), schema["cameras"]
         self._changed = threading.Condition()
         self._known: dict[int, str] = {}  # episodes handed in so far -> their `recorded`
         self._waiting: dict[int, Episode] = {}
