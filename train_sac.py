@@ -19,6 +19,7 @@ import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -162,6 +163,7 @@ def main(config: Config) -> None:
         if config.mode == "parallel":
             torch.set_num_threads(1)  # the other core is the learner's: two that share both are slower than one each
             if config.role == "both":  # spawned before any camera opens
+                (folder / ADDRESS).unlink(missing_ok=True)  # of an earlier life
                 watch = stack.enter_context(LearnerProcess(run_alone, config, folder)).watch
             link: Link | ActorEnd = find_link(config, eyes.trunk_hash)
         else:
@@ -229,6 +231,10 @@ def run_actor(config: Config, actor: Actor, env: Env, rig: Rig, eyes: Eyes) -> I
             yield
             if config.rig.simulated:
                 actor.keep_pace(config.sac.utd_ratio, config.learning_starts)
+    actor.let_catch_up()
+    if not quits and (candidate := link.take_evaluation()) is not None:  # of the last step's checkpoint
+        evaluate(config, actor, candidate, env, rig, eyes)
+        yield
 
 
 def run_learner(config: Config, learner: Learner, link: Link | LearnerEnd) -> Iterator[None]:
@@ -333,10 +339,13 @@ def make_actor(
 def make_learner(config: Config, encoder: ViewEncoder, known: list[tuple[Episode, np.ndarray]]) -> Learner:
     """The learner of this run, with the demonstrations cut at their success."""
     demonstrations = trajectories(known, config.preprocess, config.reward, CUT_AFTER)
-    return Learner(
-        Path(config.output), configs.to_dict(config), config.sac, config.reward, config.schema(), encoder,
-        demonstrations, config.seed, config.device,
+    folder = Path(config.output)
+    learner = Learner(
+        folder, configs.to_dict(config), config.sac, config.reward, config.schema(), encoder, demonstrations,
+        config.seed, config.device,
     )  # fmt: skip
+    configs.save(config, folder / "config.json")  # a changed one, now that it fits the last checkpoint
+    return learner
 
 
 def evaluate(config: Config, actor: Actor, candidate: Weights, env: Env, rig: Rig, eyes: Eyes) -> bool:
@@ -367,9 +376,17 @@ def told(config: Config, first: int) -> Iterator[Recorded]:
 def find_link(config: Config, trunk: str) -> ActorEnd:
     """The actor's end of the link; it looks for the learner from here on."""
     return ActorEnd(
-        config.link.name, agreed(config, trunk), lambda: address(config), lambda: read_secret(secret_path(config)),
-        lambda first: told(config, first),
+        config.link.name, identity(Path(config.output)), agreed(config, trunk),
+        lambda: address(config), lambda: read_secret(secret_path(config)), lambda first: told(config, first),
     )  # fmt: skip
+
+
+def identity(folder: Path) -> str:
+    """What tells this run folder from any other, for the learner; made once."""
+    path = folder / "actor.id"
+    if not path.exists():
+        write_atomic(path, secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
 
 
 def secret_path(config: Config) -> Path:

@@ -180,6 +180,12 @@ class Actor:
                 break
             time.sleep(LOOK_AGAIN)
 
+    def let_catch_up(self) -> None:
+        """At the end: give a learner in another process the time to take in the last steps, and say what it made."""
+        until = time.monotonic() + PATIENCE
+        while isinstance(self.link, ActorEnd) and self.link.status.steps < self.steps and time.monotonic() < until:
+            self._look()
+
     def _look(self, pause: float = LOOK_AGAIN) -> float:
         """See to the learner's process, after a pause of real time; the seconds since it was heard."""
         time.sleep(pause)

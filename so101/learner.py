@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from so101.data.lock import FolderLock
 from so101.episodes import Trajectory
+from so101.errors import DataError
 from so101.learn.checkpoint import load_checkpoint, mark_best, save_checkpoint
 from so101.learn.link import (
     Corrected,
@@ -64,9 +66,11 @@ class Learner:
     ) -> None:
         """`config` is the run's whole, for its checkpoints.
 
-        Raises DataError where the folder's last checkpoint was made under another schema or for another trunk.
+        Raises DataError where another learner is at work in the folder, or its last checkpoint was made under another
+        schema or for another trunk.
         """
         self.folder, self.config, self.schema, self.reward = folder, config, schema, reward
+        self._lock = FolderLock(folder)
         self.trunk_hash = trunk_hash(encoder.trunk)
         cameras, size = len(schema["cameras"]), schema["image"]["image_size"]
         torch.manual_seed(seed)
@@ -89,9 +93,14 @@ class Learner:
         self.alarms: list[str] = []
         self.log = RunLog(folder)
         self._actors: dict[str, _Actor] = {}
+        self._tried: set[str] = set()  # checkpoints whose evaluation is known
         self._saved = 0, 0  # steps and updates of the last checkpoint
         if (folder / "checkpoints" / "last").exists():  # else killed before the first: the episodes are all there is
-            self._load_checkpoint()
+            try:
+                self._load_checkpoint()
+            except DataError:
+                self._lock.release()
+                raise
         if lost := self.log.forget("updates", self.updates):
             self.log.event("forgot_lost_updates", rows=lost, updates=self.updates)
         self.board = EventFile(folder)
@@ -100,6 +109,7 @@ class Learner:
     def close(self) -> None:
         """Let go of the files."""
         self.board.close()
+        self._lock.release()
 
     @property
     def acting(self) -> bool:
@@ -123,7 +133,7 @@ class Learner:
             case Corrected() if message.number == actor.known - 1:
                 self.replay.correct(actor.last, message.reward, terminated=True)
                 self.monitor.corrected(message.success, name)
-            case Evaluated():
+            case Evaluated() if message.checkpoint not in self._tried:
                 self._take_evaluation(message)
             # What is left is of an episode that is known already: it came again from the actor's disk.
 
@@ -214,8 +224,8 @@ class Learner:
         return Weights(self.updates, self.sac.policy_tensors(), self.trunk_hash, policy.probe(), checkpoint)
 
     def save_last(self) -> None:
-        """A checkpoint of the end, unless there is one."""
-        if (self.steps, self.updates) != self._saved:
+        """A checkpoint of the end, where there is more to save than in the last one."""
+        if self.steps > self._saved[0] or self.updates > self._saved[1]:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> str:
@@ -240,6 +250,7 @@ class Learner:
         self.log.metrics(step=int(done.checkpoint[:6]), **columns)
         self.board.scalars(int(done.checkpoint[:6]), columns)
         self.log.event("evaluated", **done._asdict())
+        self._tried.add(done.checkpoint)
         score = (done.successes / done.episodes, -done.steps)
         if self.best is None or score > tuple(self.best):
             self.best = score

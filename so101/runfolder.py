@@ -48,9 +48,8 @@ def check_run(folder: Path, config: Any) -> None:
 
 
 def begin_run(folder: Path, config: Any) -> None:
-    """Make the run folder with its config and its classifier, whole or not at all; on a resume, note the new config."""
+    """Make the run folder with its config and its classifier, whole or not at all, where there is none."""
     if folder.exists():
-        configs.save(config, folder / "config.json")
         return
     with new_folder(folder) as aside:
         configs.save(config, aside / "config.json")

@@ -78,3 +78,16 @@ def signals_held() -> Iterator[list[int]]:
         _held = outer
         if came:
             _deliver(came[-1])
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Inside the block the signals wait in the system; a process that is started there has them blocked as well."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

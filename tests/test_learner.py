@@ -54,7 +54,7 @@ def test_actors_that_take_turns_do_not_mix_and_a_dropped_episode_never_was(learn
 def test_an_actor_that_comes_back_is_heard_once(learner):
     learner.take("a", Started(0, seen(learner, 0)))
     learner.take("a", moved(learner, 1))
-    learner.take("a", Joined("a", "", {}))  # killed, and back: what it was in never was
+    learner.take("a", Joined("a", "folder", "", {}))  # killed, and back: what it was in never was
     assert online(learner) == [] and learner.steps == 0 and learner.known("a") == 0
     images = np.stack([seen(learner, time).images for time in (10, 11)])
     ends, states = np.array([True]), np.array([[10] * 18, [11] * 18], np.float32)
@@ -93,6 +93,20 @@ def test_weights_that_act_otherwise_than_the_learner_says_are_refused(made, tmp_
         actor._swap(good._replace(trunk_hash="other"))
     actor.close()
     learner.close()
+
+
+def test_a_learner_is_alone_in_its_folder_and_saves_nothing_where_it_learned_nothing(made, tmp_path):  # noqa: F811
+    config = sac_config(made, tmp_path / "run", steps=30)
+    train_sac.main(config)
+    last = (tmp_path / "run" / "checkpoints" / "last").read_text()
+    eyes, known = train_sac.make_eyes(config), train_sac.known_demonstrations(config)
+    learner = train_sac.make_learner(config, eyes.encoder, known)
+    with pytest.raises(DataError, match="is writing to it; stop that first"):
+        train_sac.make_learner(config, eyes.encoder, known)
+    learner.save_last()  # no actor has come yet, so it has taken in 0 steps
+    learner.close()
+    assert (tmp_path / "run" / "checkpoints" / "last").read_text() == last
+    train_sac.make_learner(config, eyes.encoder, known).close()
 
 
 class Sulking(Link):

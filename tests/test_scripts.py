@@ -495,6 +495,17 @@ def test_a_resume_with_another_config_prints_what_differs_and_wants_it_confirmed
     )
 
 
+def test_a_change_that_does_not_fit_the_checkpoint_leaves_the_run_as_it_was(made, tmp_path):
+    config = sac_config(made, tmp_path / "run", steps=20)
+    train_sac.main(config)
+    config.resume, config.changed = True, True
+    config.sac = SacConfig(batch_size=16, views=1, utd_ratio=2, buffer_size=300, critics=3)
+    with pytest.raises(DataError, match="does not fit; use the config it was trained with"):
+        train_sac.main(config)
+    assert configs.load(train_sac.Config, tmp_path / "run" / "config.json").sac.critics == 2
+    infer.main(infer.Config(run=config.output, episodes=1))
+
+
 def test_a_run_whose_episodes_were_lost_is_refused(made, tmp_path):
     config = sac_config(made, tmp_path / "run", steps=60)
     config.env.control_time_s = 1.0

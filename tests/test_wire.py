@@ -58,7 +58,7 @@ def weights(version, checkpoint="", size=10):
 
 
 ALL = [
-    Joined("one", "x", {"a": 1.5, "b": [1, 2], "c": None}), Left(), Started(3, seen()), moved(1), Discarded(),
+    Joined("one", "folder", "x", {"a": 1.5, "b": [1, 2], "c": None}), Left(), Started(3, seen()), moved(1), Discarded(),
     Corrected(2, 1.0, True), recorded(4), Evaluated("000100", 3, 10, 12.5), weights(7), Answer(3, "no", True),
     Beat(Status(1, 2, ("an alarm",)), ("x/1", 2), None, "one"),
 ]  # fmt: skip
@@ -127,11 +127,16 @@ class Book:
 
 
 @contextlib.contextmanager
-def actor(port, name="one", disk=(), about=ABOUT, secret=SECRET):
+def actor(port, name="one", disk=(), about=ABOUT, secret=SECRET, identity=None):
     """An actor's end, and its disk: a list of recorded episodes."""
     disk = list(disk)
     end = ActorEnd(
-        name, about, lambda: ("127.0.0.1", port[0]) if port else None, lambda: secret, lambda known: iter(disk[known:])
+        name,
+        identity or name,
+        about,
+        lambda: ("127.0.0.1", port[0]) if port else None,
+        lambda: secret,
+        lambda known: iter(disk[known:]),
     )
     end.disk = disk
     try:
@@ -234,14 +239,14 @@ def test_whoever_reads_the_keys_can_neither_forge_nor_lose_experience(capfd):
         keys = intruder.list_keys()  # so no key is a secret
         queue = next(key for key in wait_for(lambda: intruder.list_keys() or keys) if key.endswith("beat"))
         prefix = queue.removesuffix("beat")
-        session = next(iter(book.end._last))
+        session = next(iter(book.end._actors))
         beat = intruder.get(queue)
         forged = seal(b"guess" * 10, Envelope(session, 2, moved(66, True)))
         for entry in (b"w" + forged, b"rubbish", b"w", b"p" + json.dumps(["x", 10**9]).encode(), b"w" + beat):
             intruder.queue_push(f"{prefix}from/{session}", entry)
             wait_for(lambda: book.read().end.actors == 0)
             wait_for(lambda: book.read().end.actors == 1)  # it is asked to come again, and does
-            session = next(iter(book.end._last))
+            session = next(iter(book.end._actors))
             intruder.queue_push(f"{prefix}join", entry)
         wait_for(lambda: book.read().running)
         act(end, 4)
@@ -261,10 +266,12 @@ def test_an_actor_with_another_config_or_a_taken_name_is_refused():
                 other.silent  # noqa: B018
         with actor([book.end.port]) as first:
             wait_for(lambda: book.read().end.actors)
-            with actor([book.end.port]):
-                wait_for(lambda: book.read() and first._failed)
-                with pytest.raises(ConfigError, match="another actor named 'one' has joined; give each its own"):
-                    first.silent  # noqa: B018
+            with actor([book.end.port], identity="another folder") as second:
+                wait_for(lambda: book.read() and second._failed)
+                with pytest.raises(ConfigError, match="knows an actor 'one' with another run folder; give each"):
+                    second.silent  # noqa: B018
+            act(first, 3)  # nobody disturbs the one that was there
+            wait_for(lambda: len(book.read().whole.get("one", [])) == 1)
 
 
 def test_several_actors_feed_one_learner_and_the_first_evaluates():
@@ -283,6 +290,64 @@ def test_several_actors_feed_one_learner_and_the_first_evaluates():
             wait_for(lambda: "b" in book.read().running)
         wait_for(lambda: book.read().end.actors == 1)  # it has left, and its unfinished episode with it
         assert "b" not in book.running
+
+
+def test_an_actor_that_was_killed_is_not_waited_for(monkeypatch, capfd):
+    monkeypatch.setattr(wire, "GONE_AFTER", 0.6)
+    with learner() as book, actor([book.end.port], "a") as a, actor([book.end.port], "b"):
+        wait_for(lambda: book.read().end.actors == 2)
+        time.sleep(1)
+        assert book.read().end.actors == 2  # they have nothing to say, and are there
+        a.send(Started(0, seen()))
+        wait_for(lambda: "a" in book.read().running)
+        a._talk = lambda post: None  # as if it were killed: no goodbye, and no sign any more
+        a._hear = lambda post, learner: None
+        wait_for(lambda: book.read().end.actors == 1)
+        assert "a" not in book.running and next(iter(book.end._actors.values())).name == "b"
+    assert "actor 'a' has not been heard of for 0.6 s" in capfd.readouterr().err
+
+
+def test_a_verdict_survives_a_cut_line_and_an_evaluation_is_made_once():
+    with learner() as book, actor([book.end.port]) as end:
+        wait_for(lambda: book.read().end.actors)
+        act(end, 3)
+        wait_for(lambda: len(book.read().whole["one"]) == 1)
+        book.end.publish(weights(1, "000100"))
+        assert wait_for(end.take_evaluation).checkpoint == "000100"
+        pass_on, end._pass_on = end._pass_on, lambda post: True  # the line is cut: nothing leaves any more
+        end.send(Corrected(0, 0.0, False))
+        end.send(Evaluated("000100", 1, 1, 9.0))
+        end.send(Started(1, seen()))
+        book.end._send_back(next(iter(book.end._actors)), "the line was cut")
+        came, receive = [], book.end.receive
+
+        def listening():
+            for name, message in receive():
+                came.append(message)
+                yield name, message
+
+        book.end.receive = listening
+        end._pass_on = pass_on
+        wait_for(lambda: book.read() and any(isinstance(message, Started) for message in came))
+        assert [type(message) for message in came] == [Joined, Corrected, Evaluated, Started]
+        time.sleep(0.2)
+        assert end.take_evaluation() is None
+
+
+def test_rubbish_under_the_actors_own_keys_does_not_end_it(capfd):
+    with learner() as book, actor([book.end.port]) as end:
+        wait_for(lambda: book.read().end.actors)
+        intruder = TCPStore("127.0.0.1", book.end.port, is_master=False, wait_for_workers=False)
+        prefix = next(key for key in intruder.list_keys() if key.endswith("beat")).removesuffix("beat")
+        for spoil in (
+            lambda: intruder.set(f"{prefix}beat", "x"),
+            lambda: intruder.queue_push(f"{prefix}to/{next(iter(book.end._actors))}", b"rubbish"),
+        ):
+            spoil()
+            time.sleep(0.3)
+            wait_for(lambda: book.read() and end.silent < 0.2)
+        act(end, 3)
+        wait_for(lambda: len(book.read().whole.get("one", [])) == 1)
 
 
 def test_it_listens_on_this_machine_alone_and_a_taken_port_is_told():
@@ -308,6 +373,9 @@ def test_the_secret_is_its_owners_alone(tmp_path: Path):
     with pytest.raises(ConfigError, match=f"can be read by others; chmod 600 {path}"):
         read_secret(path)
     path.chmod(0o600)
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(ConfigError, match="cannot be read .it is not text"):
+        read_secret(path)
     path.write_text("short")
     with pytest.raises(ConfigError, match="has 5 characters, needs 32"):
         read_secret(path)

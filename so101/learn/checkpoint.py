@@ -3,6 +3,7 @@
 A kill at any instant leaves what was there before. A checkpoint is never written over another.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,8 @@ from so101.files import read_json, sync_folder, write_atomic
 from so101.learn.resnet10 import require_trunk
 from so101.learn.weights import read_safetensors, write_safetensors
 from so101.schema import require_same
+
+HASHED = ("model.safetensors", "training_state.pt")
 
 
 class Checkpoint(NamedTuple):
@@ -56,7 +59,7 @@ def save_checkpoint(
     torch.save(training_state, buffer)
     write_atomic(aside / "training_state.pt", buffer.getvalue())  # a full disk is an OSError, not torch's own error
     write_atomic(aside / "config.json", json.dumps(config, indent=2) + "\n")
-    about = {"step": step, "schema": schema, "trunk_hash": trunk_hash}
+    about = {"step": step, "schema": schema, "trunk_hash": trunk_hash, "sha256": _digests(aside)}
     write_atomic(aside / "schema.json", json.dumps(about, indent=2) + "\n")
     sync_folder(aside)
     os.rename(aside, folder / name)
@@ -92,14 +95,23 @@ def load_checkpoint(path: Path, schema: dict[str, Any], trunk_hash: str | None) 
         path = find_checkpoint(path)
     hint = "; a checkpoint has four files"
     about = read_json(path / "schema.json", DataError, hint)
-    if set(about) != {"step", "schema", "trunk_hash"}:
-        raise DataError(f"{path / 'schema.json'}: must hold step, schema and trunk_hash, got {', '.join(about)}")
+    if set(about) != {"step", "schema", "trunk_hash", "sha256"}:
+        raise DataError(f"{path / 'schema.json'}: must hold step, schema, trunk_hash, sha256, got {', '.join(about)}")
     require_same(about["schema"], schema, str(path))
     if trunk_hash is not None:
         require_trunk(about["trunk_hash"], trunk_hash, str(path))
     tensors = read_safetensors(path / "model.safetensors")
     training_state = _read_training_state(path / "training_state.pt")
+    for name, digest in _digests(path).items():
+        if about["sha256"].get(name) != digest:
+            last = path.parent / "last"
+            raise DataError(f"{path / name}: is not what was saved; name an earlier checkpoint in {last}")
     return Checkpoint(about["step"], tensors, training_state, read_json(path / "config.json", DataError, hint))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of the files that a flipped bit would change without a word."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in HASHED}
 
 
 def _read_training_state(path: Path) -> dict[str, Any]:

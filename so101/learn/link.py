@@ -84,6 +84,7 @@ class Joined(NamedTuple):
     """An actor is there, or again."""
 
     name: str
+    identity: str  # of the folder that its episodes are in: whoever has another is another actor
     learner: str  # session of the learner that it answers to
     about: dict[str, Any]  # must be the learner's own: schema, trunk, what a policy is made of
 

@@ -132,8 +132,9 @@ def read_secret(path: Path) -> bytes:
     """The secret in `path`. Raises ConfigError where it is missing, too short, or open to others."""
     try:
         text, mode = path.read_text().strip(), path.stat().st_mode
-    except OSError as error:
-        raise ConfigError(f"link.secret: {path} cannot be read ({error.strerror}); copy the learner's here") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"link.secret: {path} cannot be read ({why}); copy the learner's here") from None
     if os.name == "posix" and mode & 0o077:
         raise ConfigError(f"link.secret: {path} can be read by others; chmod 600 {path}")
     if len(text) < 32:

@@ -17,12 +17,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from so101.errors import ConfigError, DataError, UserError, tell
+from so101.errors import ConfigError, DataError, tell
 from so101.learn.link import (
     Corrected,
     Discarded,
@@ -46,6 +47,8 @@ POLL = 0.02  # s between an actor's looks at the learner
 REPORT_EVERY = 0.1  # s
 ANSWER_WITHIN = 10.0  # s; a call to the store that takes longer has lost its learner
 CONNECT_WITHIN = 2.0  # s
+GONE_AFTER = 30.0  # s without a change at an actor; one that is killed says no goodbye
+WARN_EVERY = 60.0  # s between two sentences about trouble on the line
 TAKEN_WITHIN = 60.0  # s; an actor that takes longer for some weights is not waited for with the next
 AGAIN_AFTER = 0.5  # s between two tries to find the learner
 
@@ -116,6 +119,16 @@ class _Post:
         return name, len(starts)
 
 
+@dataclass
+class _Peer:
+    """An actor that is there: the number of its last message, when it was heard of, what it showed then."""
+
+    name: str
+    last: int
+    heard: float
+    shown: bytes = b""
+
+
 class LearnerEnd:
     """The learner's end: its own store, experience from any number of actors, weights for all of them."""
 
@@ -131,8 +144,9 @@ class LearnerEnd:
             timeout=timedelta(seconds=ANSWER_WITHIN),
         )  # fmt: skip
         self._post, self._about = _Post(server, secret), json.loads(json.dumps(about))
-        self._last: dict[str, int] = {}  # session of each actor that is there -> number of its last message
-        self._names: dict[str, str] = {}  # session -> name; also of those that have gone
+        self._actors: dict[str, _Peer] = {}  # by session, those that are there, the longest there first
+        self._identities: dict[str, str] = {}  # name -> identity, also of actors that have gone
+        self._known_sessions: set[str] = set()
         self._beat, self._reported = Beat(Status()), 0.0
         self._published = 0.0  # s; when the newest weights were
         self._old: dict[str, tuple[str, int]] = {}  # weights that an actor may still be taking
@@ -141,27 +155,30 @@ class LearnerEnd:
     @property
     def actors(self) -> int:
         """How many actors are there."""
-        return len(self._last)
+        return len(self._actors)
 
     def receive(self) -> Iterator[tuple[str, Experience]]:
         """All experience that has come, each with the name of its actor. What is not an actor's own is refused."""
         while (envelope := self._popped("join")) is not None:
             if self._let_in(envelope):
                 yield envelope.message.name, envelope.message
-        for session, name in list(self._names.items()):
-            while session in self._last and (envelope := self._popped(f"from/{session}", session)) is not None:
-                if envelope.session != session or envelope.number != self._last[session] + 1:
-                    self._send_back(session, f"message {self._last[session] + 1} of actor {name!r} is missing")
+        for session, actor in list(self._actors.items()):
+            while session in self._actors and (envelope := self._popped(f"from/{session}", session)) is not None:
+                if envelope.session != session or envelope.number != actor.last + 1:
+                    self._send_back(session, f"link: message {actor.last + 1} of actor {actor.name!r} is missing")
                     break
-                self._last[session] += 1
+                actor.last, actor.heard = actor.last + 1, time.monotonic()
                 if isinstance(envelope.message, Left):
-                    del self._last[session]
-                yield name, envelope.message
+                    del self._actors[session]
+                yield actor.name, envelope.message
+            if session in self._actors and self._is_gone(session, actor):
+                self._send_back(session, f"link: actor {actor.name!r} has not been heard of for {GONE_AFTER:g} s")
+                yield actor.name, Left()
 
     def welcome(self, name: str, known: int) -> None:
         """Tell an actor that has joined how many of its episodes are known."""
-        for session in self._last:
-            if self._names[session] == name:
+        for session, actor in self._actors.items():
+            if actor.name == name:
                 self._post.push(f"to/{session}", Answer(known))
 
     def publish(self, weights: Weights) -> None:
@@ -187,14 +204,14 @@ class LearnerEnd:
         newest, store = self._beat.weights, self._post.store
         if newest is None or time.monotonic() - self._published > TAKEN_WITHIN:
             return True
-        keys = [key for session in self._last if store.check([key := f"taken/{session}"])]
+        keys = [key for session in self._actors if store.check([key := f"taken/{session}"])]
         return all(store.get(key) == newest[0].encode() for key in keys)
 
     def report(self, status: Status, at_once: bool = False) -> None:
         """Say how far the learner is; also the sign that it is there."""
         now = time.monotonic()
         if at_once or now - self._reported > REPORT_EVERY:
-            evaluator = self._names[next(iter(self._last))] if self._last else ""
+            evaluator = next((actor.name for actor in self._actors.values()), "")
             self._beat, self._reported = self._beat._replace(status=status, evaluator=evaluator), now
             self._post.show("beat", self._beat)
 
@@ -215,28 +232,40 @@ class LearnerEnd:
     def _let_in(self, envelope: Envelope) -> bool:
         """Whether an actor that knocks comes in: it agrees with this learner, and is not an old knock come again."""
         session = envelope.session
-        if not isinstance(envelope.message, Joined) or session in self._names:
+        if not isinstance(envelope.message, Joined) or session in self._known_sessions:
             return False
-        name, learner, about = envelope.message
+        name, identity, learner, about = envelope.message
         if learner != self._post.session:
             return False
-        self._names[session] = name
+        self._known_sessions.add(session)
         differing = [key for key in self._about if about.get(key) != self._about[key]]
         if differing:
             here = self._about
             said = "; ".join(f"{key} is {about.get(key)!r} there, {here[key]!r} at the learner" for key in differing)
             self._post.push(f"to/{session}", Answer(refused=f"actor {name!r} has another config: {said}"))
             return False
-        for other in [other for other in self._last if self._names[other] == name]:
-            taken = f"another actor named {name!r} has joined; give each its own link.name"
-            self._post.push(f"to/{other}", Answer(refused=taken))
-            del self._last[other]
-        self._last[session] = envelope.number
+        if self._identities.setdefault(name, identity) != identity:
+            taken = f"the learner knows an actor {name!r} with another run folder; give each folder its own link.name"
+            self._post.push(f"to/{session}", Answer(refused=taken))
+            return False
+        for old in [old for old, actor in self._actors.items() if actor.name == name]:
+            del self._actors[old]  # an earlier life of the same
+        self._actors[session] = _Peer(name, envelope.number, time.monotonic())
         return True
 
+    def _is_gone(self, session: str, actor: "_Peer") -> bool:
+        """Whether nothing has changed at an actor for too long; it shows a count that rises."""
+        if time.monotonic() - actor.heard > GONE_AFTER / 3:  # seldom asked: it costs a call
+            key = f"alive/{session}"
+            shown = self._post.store.get(key) if self._post.store.check([key]) else b""
+            if shown != actor.shown:
+                actor.shown, actor.heard = shown, time.monotonic()
+        return time.monotonic() - actor.heard > GONE_AFTER
+
     def _send_back(self, session: str, why: str) -> None:
-        tell(f"{why}; the actor is asked to send its episode again")
-        del self._last[session]
+        """Let an actor join anew."""
+        tell(f"{why}; it is asked to come again")
+        del self._actors[session]
         self._post.push(f"to/{session}", Answer(again=True))
 
 
@@ -246,24 +275,31 @@ class ActorEnd:
     def __init__(
         self,
         name: str,
+        identity: str,
         about: dict[str, Any],
         address: Callable[[], tuple[str, int] | None],
         secret: Callable[[], bytes],
         recorded: Callable[[int], Iterator[Recorded]],
     ) -> None:
-        """`address()` and `secret()` are asked at each try; `recorded(n)` gives the episodes on disk from n on."""
-        self.name, self._about = name, about
+        """`address()` and `secret()` are asked at each try; `recorded(n)` gives the episodes on disk from n on.
+
+        `identity` tells the folder of these episodes from any other.
+        """
+        self.name, self._identity, self._about = name, identity, about
         self._address, self._secret, self._recorded = address, secret, recorded
         self._lock = threading.Lock()
         self._unsent: deque[Experience] = deque()
         self._episode: list[Experience] = []  # what was sent of the newest episode, for a learner that forgot it
+        self._verdicts: list[Experience] = []  # not delivered yet, and not on disk as an episode is
+        self._evaluated = ""  # the newest checkpoint that was taken for evaluation
         self._number = 0  # of that episode
         self._saved = 0  # episodes on disk, as far as they were sent from here
         self._weights: Weights | None = None
         self._evaluation: Weights | None = None
         self._status = Status()
         self._heard, self._beat_seen = -math.inf, 0
-        self._failed: UserError | None = None
+        self._failed: Exception | None = None
+        self._warned = time.monotonic() - WARN_EVERY + 10  # s; when the person was told of trouble: not in the first 10
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="link", daemon=True)
         self._thread.start()
@@ -289,6 +325,9 @@ class ActorEnd:
         """Hand experience to the learner; an episode's last transition after the episode is on disk. Never waits."""
         with self._lock:
             self._unsent.append(message)
+            if isinstance(message, Corrected | Evaluated):
+                self._verdicts.append(message)
+                return
             if isinstance(message, Started):
                 self._episode, self._number = [], message.number
             if isinstance(message, Moved) and (message.terminated or message.truncated):
@@ -310,20 +349,24 @@ class ActorEnd:
     def close(self) -> None:
         """Send what is left, as long as the learner takes it, and go."""
         self._closing.set()
-        self._thread.join(timeout=3 * ANSWER_WITHIN)
+        self._thread.join(timeout=3 * ANSWER_WITHIN if self._heard > 0 else AGAIN_AFTER)
 
     def _work(self) -> None:
         while self._failed is None:
             try:
                 if (address := self._address()) is not None:
-                    host, port = address
+                    where = f"link: nobody answers as a learner on {address[0]}:{address[1]}"
+                    # Asked first: a store that finds nobody prints pages of its own stack.
+                    socket.create_connection(address, CONNECT_WITHIN).close()
                     within = timedelta(seconds=CONNECT_WITHIN)
-                    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=within)
+                    store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=within)
                     store.set_timeout(timedelta(seconds=ANSWER_WITHIN))
                     self._talk(_Post(store, self._secret()))
-            except DistError:  # nobody there, or gone: again
-                pass
-            except UserError as error:
+            except (DistError, OSError):  # nobody there, or gone: again
+                self._warn(where)
+            except DataError as error:  # somebody else writes here, or the line was cut in a message: again
+                self._warn(str(error))
+            except Exception as error:  # the loop raises it, where somebody sees it
                 self._failed = error
             if self._closing.wait(AGAIN_AFTER):
                 return
@@ -334,7 +377,7 @@ class ActorEnd:
         if beat is None:
             return
         learner = beat.session
-        post.push("join", Joined(self.name, learner, self._about))
+        post.push("join", Joined(self.name, self._identity, learner, self._about))
         while (answer := self._answer(post)) is None:
             if self._closing.is_set() or self._hear(post, learner) is None:
                 return
@@ -353,6 +396,11 @@ class ActorEnd:
                 return
             time.sleep(POLL)
 
+    def _warn(self, said: str) -> None:
+        if time.monotonic() - self._warned > WARN_EVERY:
+            self._warned = time.monotonic()
+            tell(f"{said}; trying again")
+
     def _hear(self, post: _Post, learner: str) -> Envelope | None:
         """The learner's newest sign of life; None where there is none, or it is another's than `learner`."""
         beat = post.shown("beat")
@@ -360,6 +408,7 @@ class ActorEnd:
             return None
         if beat.number != self._beat_seen:
             self._beat_seen, self._heard, self._status = beat.number, time.monotonic(), beat.message.status
+            post.store.set(f"alive/{post.session}", str(beat.number))
         return beat
 
     def _answer(self, post: _Post) -> Answer | None:
@@ -379,9 +428,9 @@ class ActorEnd:
                 post.push(f"from/{post.session}", recorded)
                 known = recorded.number + 1
             with self._lock:
-                if known >= self._saved:
-                    running = self._number == self._saved
-                    self._unsent = deque(m for m in self._episode if running or isinstance(m, Corrected | Evaluated))
+                if known >= self._saved:  # a verdict speaks of the episode before
+                    running = self._episode if self._number == self._saved else []
+                    self._unsent = deque([*self._verdicts, *running])
                     return True
 
     def _fetch(self, post: _Post, beat: Beat, taken: Beat | None) -> Beat:
@@ -393,8 +442,9 @@ class ActorEnd:
             post.store.set(f"taken/{post.session}", beat.weights[0])
         if beat.evaluation and beat.evaluator == self.name and (taken is None or beat.evaluation != taken.evaluation):
             evaluation = post.get(*beat.evaluation).message
-            with self._lock:
-                self._evaluation = evaluation
+            if evaluation.checkpoint != self._evaluated:  # after a cut it is offered again
+                with self._lock:
+                    self._evaluation, self._evaluated = evaluation, evaluation.checkpoint
         return beat
 
     def _pass_on(self, post: _Post) -> bool:
@@ -407,5 +457,6 @@ class ActorEnd:
             with self._lock:
                 message = self._unsent.popleft()
             post.push(f"from/{post.session}", message)
+            self._verdicts = [verdict for verdict in self._verdicts if verdict is not message]
             room -= 1
         return False
