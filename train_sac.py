@@ -4,8 +4,8 @@
     python train_sac.py rig.operator.interventions=false output=outputs/lift_demos_only
     python train_sac.py resume=true                    go on after an interruption
     python train_sac.py mode=parallel                  actor and learner as two processes
-    python train_sac.py role=learner link.port=5555    the learner alone, where the GPU is
-    python train_sac.py role=actor link.port=5555 link.secret=learner.secret       and the arm, over an SSH tunnel
+    python train_sac.py mode=parallel role=learner link.port=5555       the learner alone, where the GPU is
+    python train_sac.py mode=parallel role=actor link.port=5555 link.secret=learner.secret      the arm, by a tunnel
 
 What is missing is made first: demonstrations and labels (record.py), the reward classifier
 (train_reward.py). At the end the policy is evaluated (infer.py). The run folder holds config.json,
@@ -333,7 +333,18 @@ def make_actor(
     )  # fmt: skip
     starts = np.stack([load_states(episode)[0][TOOL_XYZ] for episode, _ in known])
     policy = make_policy(config.sac, len(config.rig.cameras), config.preprocess.image_size // STRIDE)
-    return Actor(link, episodes, RunLog(folder), policy, eyes, config.reward, starts, config.steps, config.seed, watch)
+    return Actor(
+        link,
+        episodes,
+        RunLog(folder, mend=False),
+        policy,
+        eyes,
+        config.reward,
+        starts,
+        config.steps,
+        config.seed,
+        watch,
+    )
 
 
 def make_learner(config: Config, encoder: ViewEncoder, known: list[tuple[Episode, np.ndarray]]) -> Learner:

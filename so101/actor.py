@@ -63,6 +63,7 @@ class Actor:
         self.rng = np.random.default_rng([seed, self.steps])  # a resumed run explores afresh
         self.noise = torch.Generator().manual_seed(seed + self.steps)
         self.version, self._since, self._began = -1, 0.0, 0.0  # of the weights, when they came, when the episode began
+        self._clock = 0.0  # s, real time, when the episode began
         self._alarms = 0  # said so far
         self._ended = False  # whether an episode ended in this process, for a late verdict to correct
         self._taken: list[Step] = []

@@ -29,9 +29,10 @@ class RunLog:
     Reopening goes on at the end of both. A last line torn by a kill is cut off, and an event says so.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, mend: bool = True) -> None:
+        """`mend` False leaves torn lines to somebody else, who may be writing one right now."""
         self._metrics, self._events = Path(folder) / "metrics.csv", Path(folder) / "events.jsonl"
-        torn = [path.name for path in (self._metrics, self._events) if _cut_torn_line(path)]
+        torn = [path.name for path in (self._metrics, self._events) if mend and _cut_torn_line(path)]
         self._columns = _read_columns(self._metrics)
         for name in torn:
             self.event("torn_line_removed", file=name)
