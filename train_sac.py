@@ -46,7 +46,7 @@ from so101.errors import ConfigError, DataError, EpisodeAborted, UserError
 from so101.files import read_json, write_atomic
 from so101.learn.captured import UpdateGroups
 from so101.learn.eyes import Eyes
-from so101.learn.link import Joined, Link, Recorded, Weights
+from so101.learn.link import Joined, Link, Recorded, Started, Weights
 from so101.learn.replay import ViewEncoder
 from so101.learn.resnet10 import STRIDE, load_resnet10
 from so101.learn.sac import SacConfig, make_policy
@@ -247,6 +247,8 @@ def run_learner(config: Config, learner: Learner, link: Link | LearnerEnd) -> It
             learner.take(name, message)
             if isinstance(message, Joined) and isinstance(link, LearnerEnd):
                 link.welcome(name, learner.known(name))
+            elif isinstance(message, Started) and message.number > learner.known(name) and isinstance(link, LearnerEnd):
+                link.send_back(name, f"link: episode {learner.known(name)} of actor {name!r} is missing")
             link.report(learner.status())
         made = 0
         # In one process a real arm's next tick does not wait for updates: they are made up for after the episode.

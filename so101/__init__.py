@@ -13,3 +13,5 @@ import os
 # Must come before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# A learner that goes away is nothing unusual, and torch prints twenty lines of its own stack for it.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

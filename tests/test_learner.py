@@ -74,7 +74,7 @@ def test_an_actor_that_comes_back_is_heard_once(learner):
     assert [row["success"] for row in read_rows(learner.folder)] == ["1"]
 
 
-def test_weights_that_act_otherwise_than_the_learner_says_are_refused(made, tmp_path):  # noqa: F811
+def test_weights_that_act_otherwise_are_refused_and_alarms_are_said_once(made, tmp_path, capsys):  # noqa: F811
     """A swap that mixed two versions, or another version of the program, would drive the arm."""
     config = sac_config(made, tmp_path / "run")
     eyes = train_sac.make_eyes(config)
@@ -91,6 +91,11 @@ def test_weights_that_act_otherwise_than_the_learner_says_are_refused(made, tmp_
         actor._swap(good._replace(tensors=tensors))
     with pytest.raises(DataError, match="another encoder"):
         actor._swap(good._replace(trunk_hash="other"))
+    learner.alarms.append("lighting drift: close the curtain")
+    for _ in range(2):
+        link.report(learner.status())
+        actor._show()
+    assert capsys.readouterr().out.count("lighting drift: close the curtain") == 1
     actor.close()
     learner.close()
 

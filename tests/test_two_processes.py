@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_scripts import made, resumed, sac_config  # noqa: F401  (a fixture)
+from test_scripts import SMALL_SAC, made, resumed, sac_config  # noqa: F401  (a fixture)
 
 import train_sac
 from so101 import config as configs
@@ -81,6 +82,8 @@ def require_whole(made, config):  # noqa: F811
     return learner
 
 
+# A ring that has come round would have to encode again what an episode that was never finished wrote over.
+LARGE = replace(SMALL_SAC, buffer_size=10_000)
 PARALLEL = {"mode": "parallel", "steps": 120, "checkpoint_every": 40, "resume": True}
 
 
@@ -138,10 +141,10 @@ def test_two_actors_on_other_machines_feed_one_learner(made, tmp_path):  # noqa:
 def kill_and_compare(made, tmp_path, kills):  # noqa: F811
     """Kill a run at random instants; each time, what a resume starts from is what was saved."""
     folder, log, rng = tmp_path / "run", tmp_path / "run.log", np.random.default_rng(kills)
-    config = sac_config(made, folder, steps=10_000, resume=True)
+    config = sac_config(made, folder, steps=10_000, resume=True, sac=LARGE)
     for _ in range(kills):
         had = steps_of(folder)
-        process = start(made, folder, log, steps=10_000, resume=True)
+        process = start(made, folder, log, steps=10_000, resume=True, sac=LARGE)
         saved = folder / "checkpoints" / "last"
         wait_for(lambda had=had, saved=saved: saved.exists() if kills == 1 else steps_of(folder) > had, process, log)
         time.sleep(rng.uniform(0, 3))

@@ -218,6 +218,23 @@ def test_a_learner_that_forgot_everything_is_told_again():
             assert wait_for(end.take_weights).version == 3
 
 
+def test_what_was_sent_before_the_learner_was_there_is_not_lost():
+    """A resumed actor begins an episode before it has told of those on its disk."""
+    port = []
+    with actor(port, disk=[recorded(0), recorded(1)]) as end, learner() as book:
+        end.send(Started(2, seen()))
+        end.send(moved(0))
+        port[:] = [book.end.port]
+        wait_for(lambda: len(book.read().running.get("one", [])) == 2)
+        assert len(book.whole["one"]) == 2
+        end.disk.append(recorded(2))
+        end.send(moved(1, True))
+        wait_for(lambda: len(book.read().whole["one"]) == 3)
+        book.end.send_back("one", "for whatever reason")
+        act(end, 3)
+        wait_for(lambda: len(book.read().whole["one"]) == 4)
+
+
 def test_a_learner_that_hangs_is_silent_and_holds_nobody_up():
     with learner() as book, actor([book.end.port]) as end:
         wait_for(lambda: book.read().end.actors)

@@ -181,6 +181,11 @@ class LearnerEnd:
             if actor.name == name:
                 self._post.push(f"to/{session}", Answer(known))
 
+    def send_back(self, name: str, why: str) -> None:
+        """Let an actor join anew and tell again what is not known."""
+        for session in [session for session, actor in self._actors.items() if actor.name == name]:
+            self._send_back(session, why)
+
     def publish(self, weights: Weights) -> None:
         """Offer new weights, to act with or to evaluate, in place of the ones before.
 
@@ -329,7 +334,7 @@ class ActorEnd:
                 self._verdicts.append(message)
                 return
             if isinstance(message, Started):
-                self._episode, self._number = [], message.number
+                self._episode, self._number, self._saved = [], message.number, message.number
             if isinstance(message, Moved) and (message.terminated or message.truncated):
                 self._saved = self._number + 1
             self._episode = [] if isinstance(message, Discarded) else [*self._episode, message]
