@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from so101.config import launch, option, to_dict
-from so101.data.dataset import Dataset, open_dataset
-from so101.data.labels import Labels, labels_path, load_labels
-from so101.episodes import labelled, load_images, load_states
+from so101.data.dataset import open_dataset
+from so101.data.labels import labels_path, load_labels
+from so101.episodes import load_labelled
 from so101.errors import ConfigError, DataError
 from so101.files import new_folder
 from so101.learn.resnet10 import load_resnet10, trunk_hash
@@ -70,7 +70,8 @@ def main(config: Config) -> None:
     require_clean(dataset)
     labels_file = labels_path(dataset.folder)
     labels = load_labels(dataset.folder, dataset.observations)
-    images, states, success, episode_ids = load_frames(dataset, labels, config.preprocess)
+    pixels, states, success, episode_ids = load_labelled(dataset, labels, config.preprocess)
+    images = torch.from_numpy(pixels)
     print(f"{dataset.folder}: {len(success)} labelled frames, {success.sum()} of them success")
 
     trunk = load_resnet10(config.encoder)
@@ -114,7 +115,8 @@ def evaluate(config: Config, folder: str) -> None:
         print(f"warning: {dataset.folder} is what it was trained on; this says nothing of other episodes")
     labels = load_labels(dataset.folder, dataset.observations)
     spec = Preprocess(**schema["image"])
-    images, states, success, episode_ids = load_frames(dataset, labels, spec)
+    pixels, states, success, episode_ids = load_labelled(dataset, labels, spec)
+    images = torch.from_numpy(pixels)
     with Progress("encode", len(images), "frame") as progress:
         plain = replace(config.reward, views=0, consecutive=detector.consecutive)
         features = encode_views(trunk, images, plain, torch.Generator(), progress.update)[:, 0]
@@ -138,21 +140,6 @@ def require_new(folder: Path, key: str) -> None:
     """Raises DataError where a folder that is to be made exists."""
     if folder.exists():
         raise DataError(f"{folder}: exists already; name another with {key}=, or use it as it is")
-
-
-def load_frames(
-    dataset: Dataset, labels: Labels | None, spec: Preprocess
-) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
-    """All labelled observations: images (N, cameras, S, S, 3), states (N, 18), success (N,), episode ids (N,)."""
-    known = labelled(dataset, labels)
-    if not known:
-        raise DataError(f"{dataset.folder}: no episode is labelled; label some with label.py")
-    episodes = [episode for episode, _ in known]
-    with Progress("read", sum(episode.observations for episode in episodes), "frame") as progress:
-        images = torch.from_numpy(load_images(episodes, spec, progress.update))
-    ids = np.concatenate([np.full(episode.observations, episode.index) for episode in episodes])
-    states = np.concatenate([load_states(episode) for episode in episodes])
-    return images, states, np.concatenate([success for _, success in known]), ids
 
 
 def write_page(

@@ -18,6 +18,7 @@ from so101.data.dataset import Dataset, Episode
 from so101.data.labels import Labels
 from so101.errors import DataError
 from so101.images import preprocess
+from so101.runlog import Progress
 from so101.schema import Preprocess, RewardSpec
 
 
@@ -109,6 +110,28 @@ def load_images(
             stop.set()
     update(len(images))
     return images
+
+
+class Labelled(NamedTuple):
+    """All observations of the labelled episodes of a dataset, an episode's side by side in order of time."""
+
+    images: np.ndarray  # (N, cameras, S, S, 3) uint8
+    states: np.ndarray  # (N, 18) float32
+    success: np.ndarray  # (N,) bool
+    episode_ids: np.ndarray  # (N,)
+
+
+def load_labelled(dataset: Dataset, labels: Labels | None, spec: Preprocess) -> Labelled:
+    """Read them, showing progress. Raises DataError where no episode is labelled."""
+    known = labelled(dataset, labels)
+    if not known:
+        raise DataError(f"{dataset.folder}: no episode is labelled; label some with label.py")
+    episodes = [episode for episode, _ in known]
+    with Progress("read", sum(episode.observations for episode in episodes), "frame") as progress:
+        images = load_images(episodes, spec, progress.update)
+    ids = np.repeat([episode.index for episode in episodes], [episode.observations for episode in episodes])
+    states = np.concatenate([load_states(episode) for episode in episodes])
+    return Labelled(images, states, np.concatenate([success for _, success in known]), ids)
 
 
 def trajectories(

@@ -188,10 +188,10 @@ def test_a_run_killed_at_twenty_random_instants_goes_on_from_what_was_saved(made
 @pytest.mark.slow
 def test_either_side_killed_at_random_instants_goes_on(made, tmp_path):  # noqa: F811
     folder, log, rng = tmp_path / "run", tmp_path / "run.log", np.random.default_rng(1)
-    config = sac_config(made, folder, **PARALLEL | {"steps": 10_000})
+    config = sac_config(made, folder, **PARALLEL | {"steps": 10_000, "sac": LARGE})
     for kill in range(10):
         had = steps_of(folder)
-        process = start(made, folder, log, **PARALLEL | {"steps": 10_000})
+        process = start(made, folder, log, **PARALLEL | {"steps": 10_000, "sac": LARGE})
         wait_for(lambda had=had: steps_of(folder) > had, process, log)
         time.sleep(rng.uniform(0, 3))
         learner = learner_of(process)
