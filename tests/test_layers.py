@@ -18,6 +18,10 @@ MAY_IMPORT = {
     **{layer: BASE | {"robot", layer} for layer in ("sim", "env")},
     "rig": BASE | {"robot", "sim", "env"},
     "episodes": BASE | {"data", "learn"},
+    "learner": BASE | {"data", "learn", "episodes"},
+    "actor": BASE | {"data", "learn", "episodes", "env"},
+    "runfolder": BASE | {"data", "learn"},
+    "processes": BASE,
 }  # tools, web and the scripts may import everything
 PACKAGES = {"torch", "numpy", "serial", "cv2", "av", "pyarrow"}
 NEVER = {
