@@ -173,6 +173,7 @@ def main(config: Config) -> None:
             next(learning)  # takes in what is recorded, before the arm moves
         actor = stack.enter_context(closing(make_actor(config, known, eyes, link, watch)))
         actor.find_learner()
+        actor.log.event("started", steps=actor.steps, updates=link.status.updates, mode=config.mode, role=config.role)
         if actor.steps:
             print(f"{folder}: goes on from step {actor.steps}, update {link.status.updates}")
         seed = config.seed + 1 + actor.steps  # a resumed run draws fresh scenes

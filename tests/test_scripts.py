@@ -144,6 +144,8 @@ def test_train_sac_learns_checkpoints_resumes_and_is_evaluated(made, tmp_path, c
     config.resume, config.steps, config.evaluation_episodes, config.output = True, 100, 0, str(run)
     train_sac.main(config)
     assert "goes on from step" in capsys.readouterr().out
+    started = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["steps"] for event in started if event["kind"] == "started"] == [0, before.step]
     after = load_checkpoint(run, config.schema(), None)
     assert after.step >= 100 and after.training_state["updates"] > before.training_state["updates"]
     checkpoints = sorted((run / "checkpoints").glob("[0-9]*"))
