@@ -98,7 +98,7 @@ class Config:
     )
     role: Literal["both", "actor", "learner"] = option("both", "with mode=parallel, what this machine is")
     link: LinkConfig = option(LinkConfig(), "how actor and learner find each other in mode=parallel")
-    steps: int = option(2000, "environment steps of training")
+    steps: int = option(3000, "environment steps of training")
     learning_starts: int = option(100, "environment steps with random actions before learning starts")
     checkpoint_every: int = option(500, "environment steps between checkpoints")
     evaluate_every: int = option(
