@@ -152,12 +152,12 @@ def evaluate(
                 aborts = rig.teleop.drop(error, aborts)
                 continue
             aborts = 0
+            if "quit" in step.events:  # what was cut off is no failure of the policy
+                break
             if "redo" in step.events:
                 continue
             paid = env.reward.of(rewarded) + (steps - 1) * env.reward.of(False)
-            results.append({"steps": steps, "return": paid, "success": step.success})
-            if "quit" in step.events:
-                break
+            results.append({"steps": steps, "return": paid, "paid": rewarded, "success": step.success})
             progress.update(len(results), success=f"{sum(r['success'] for r in results)}/{len(results)}")
     return results
 
@@ -175,7 +175,7 @@ def report(folder: Path, episodes: list[dict[str, Any]], rig: Rig) -> None:
         f"success {succeeded} of {len(episodes)} = {succeeded / len(episodes):.0%} "
         f"(95 % interval {low:.0%} .. {high:.0%}), judged by {judge}; "
         f"{np.mean([e['steps'] for e in episodes]):.1f} steps an episode; "
-        f"the classifier paid in {sum(e['return'] > 0.5 for e in episodes)}"
+        f"the classifier paid in {sum(e['paid'] for e in episodes)}"
     )
     summary = {"success_rate": succeeded / len(episodes), "interval": [low, high], "judge": judge, "episodes": episodes}
     folder.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ class Config:
     output: str = option("outputs/lift_sac", "run folder; must not exist unless resume=true")
     demonstrations: str = option("outputs/lift_demos", "dataset of demonstrations; recorded first if missing")
     reward_model: str = option("outputs/lift_reward", "folder of the reward classifier; trained first if missing")
-    encoder: str | None = option(None, "ResNet10 weight file (.safetensors); null: a seeded random start")
+    encoder: str | None = option(None, "ResNet10 weight file (.safetensors, .pkl); null: a seeded random start")
     mode: Literal["alternate", "parallel"] = option(
         "alternate", "actor and learner take turns in one process, repeatably; or are two processes side by side"
     )
@@ -207,6 +207,7 @@ def run_actor(config: Config, actor: Actor, env: Env, rig: Rig, eyes: Eyes) -> I
             continue  # what was observed before is old
         if (candidate := link.take_evaluation()) is not None:
             quits = evaluate(config, actor, candidate, env, rig, eyes)
+            yield
             continue
         actor.begin(observation)
         rig.teleop.hear(POLICY_STARTS)
@@ -367,9 +368,10 @@ def evaluate(config: Config, actor: Actor, candidate: Weights, env: Env, rig: Ri
     policy = make_policy(config.sac, len(config.rig.cameras), config.preprocess.image_size // STRIDE)
     policy.load_state_dict(candidate.tensors)
     results = infer.evaluate(env, rig, policy.eval(), eyes, config.evaluate_episodes, 0.0)
-    if len(results) == config.evaluate_episodes:
+    quits = len(results) < config.evaluate_episodes
+    if not quits:
         actor.evaluated(candidate.checkpoint, results)
-    return len(results) < config.evaluate_episodes
+    return quits
 
 
 def agreed(config: Config, trunk: str) -> dict[str, Any]:

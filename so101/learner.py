@@ -33,7 +33,7 @@ from so101.learn.replay import Replay, ViewEncoder
 from so101.learn.resnet10 import STRIDE, trunk_hash
 from so101.learn.sac import Sac, SacConfig
 from so101.monitor import Monitor, brightness_of, largest_return
-from so101.runlog import RunLog, read_rows
+from so101.runlog import RunLog, read_events, read_rows
 from so101.schema import RewardSpec, schema_hash
 from so101.tensorboard import EventFile
 
@@ -94,6 +94,11 @@ class Learner:
         self.log = RunLog(folder)
         self._actors: dict[str, _Actor] = {}
         self._tried: set[str] = set()  # checkpoints whose evaluation is known
+        for event in read_events(folder):  # not from the checkpoint, which was saved before its evaluation
+            if event.get("kind") == "evaluated":
+                self._tried.add(event["checkpoint"])
+                score = (event["successes"] / event["episodes"], -event["steps"])
+                self.best = score if self.best is None else max(self.best, score)
         self._saved = 0, 0  # steps and updates of the last checkpoint
         if (folder / "checkpoints" / "last").exists():  # else killed before the first: the episodes are all there is
             try:
@@ -232,7 +237,7 @@ class Learner:
         """Everything that a resume cannot rebuild from demonstrations and episodes; returns its name."""
         state = {
             "sac": self.sac.training_state(), "updates": self.updates, "replay": self.replay.rng_state(),
-            "monitor": self.monitor.state(), "best": self.best,
+            "monitor": self.monitor.state(),
         }  # fmt: skip
         folder = save_checkpoint(
             self.folder, self.steps, self.sac.tensors(), state, self.config, self.schema, self.trunk_hash
@@ -252,7 +257,7 @@ class Learner:
         self.log.event("evaluated", **done._asdict())
         self._tried.add(done.checkpoint)
         score = (done.successes / done.episodes, -done.steps)
-        if self.best is None or score > tuple(self.best):
+        if self.best is None or score > self.best:
             self.best = score
             mark_best(self.folder, done.checkpoint)
 
@@ -263,5 +268,5 @@ class Learner:
         self.sac.load_training_state(state["sac"])
         self.replay.load_rng_state(state["replay"])
         self.monitor.load_state(state["monitor"])
-        self.updates, self.best = state["updates"], state["best"]
+        self.updates = state["updates"]
         self._saved = checkpoint.step, self.updates

@@ -195,7 +195,7 @@ class Monitor:
             possible = self.largest_return + self.entropy_steps * columns.get("temperature", 0.0) * MOST_ENTROPY
             if possible > 0:
                 columns["q_share"] = highest / possible
-            high = not highest <= possible + Q_EXCESS * abs(possible)  # also where it is NaN
+            high = not highest <= possible + Q_EXCESS * (possible if possible > 0 else 1.0)  # also where it is NaN
             self._judge_run("q", high, Q_LOOKS, highest=highest, possible=possible)
         return columns
 

@@ -44,7 +44,7 @@ def check_run(folder: Path, config: Any) -> None:
             f"{folder}: the config has changed; say changed=true if that is meant, or keep it: "
             f"python train_sac.py --config {folder / 'config.json'} output={folder} resume=true"
         )
-    RunLog(folder).event("config_changed", changes=said)
+    RunLog(folder, mend=False).event("config_change_confirmed", changes=said)
 
 
 def begin_run(folder: Path, config: Any) -> None:

@@ -69,6 +69,12 @@ class RunLog:
         _append(self._events, json.dumps(plain) + "\n")
 
 
+def read_events(folder: Path | str) -> list[dict[str, Any]]:
+    """The objects of events.jsonl, a torn last line left out; [] where there is no file yet."""
+    lines = _text(Path(folder) / "events.jsonl").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
 def read_rows(folder: Path | str) -> list[dict[str, str]]:
     """The rows of metrics.csv as text by column; [] where there is no file yet."""
     return list(csv.DictReader(io.StringIO(_text(Path(folder) / "metrics.csv"))))

@@ -6,7 +6,8 @@ from test_scripts import made, resumed, sac_config  # noqa: F401  (a fixture)
 
 import train_sac
 from so101.errors import DataError
-from so101.learn.link import Corrected, Discarded, Joined, Left, Link, Moved, Recorded, Seen, Started
+from so101.learn.checkpoint import find_checkpoint
+from so101.learn.link import Corrected, Discarded, Evaluated, Joined, Left, Link, Moved, Recorded, Seen, Started
 from so101.rig import open_rig
 from so101.runfolder import begin_run
 from so101.runlog import read_rows
@@ -112,6 +113,25 @@ def test_a_learner_is_alone_in_its_folder_and_saves_nothing_where_it_learned_not
     learner.close()
     assert (tmp_path / "run" / "checkpoints" / "last").read_text() == last
     train_sac.make_learner(config, eyes.encoder, known).close()
+
+
+def test_the_best_is_known_again_after_a_kill(made, tmp_path):  # noqa: F811
+    """It was forgotten with the checkpoint that was saved before its evaluation, and given to a worse one."""
+    config = sac_config(made, tmp_path / "run", steps=30)
+    train_sac.main(config)
+    checkpoint, best = find_checkpoint(tmp_path / "run").name, tmp_path / "run" / "checkpoints" / "best"
+    learner, _ = resumed(config)
+    learner.take("actor", Evaluated(checkpoint, 3, 5, 20.0))
+    learner.close()  # killed here: no checkpoint has heard of it
+    assert best.read_text().strip() == checkpoint
+    learner, _ = resumed(config)
+    learner.take("actor", Evaluated("000031", 2, 5, 9.0))
+    learner.take("actor", Evaluated("000032", 3, 5, 25.0))
+    learner.take("actor", Evaluated(checkpoint, 5, 5, 1.0))  # told twice
+    assert best.read_text().strip() == checkpoint
+    learner.take("actor", Evaluated("000033", 3, 5, 19.0))
+    assert best.read_text().strip() == "000033"
+    learner.close()
 
 
 class Sulking(Link):

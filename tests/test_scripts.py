@@ -135,7 +135,7 @@ def test_train_sac_learns_checkpoints_resumes_and_is_evaluated(made, tmp_path, c
     metrics = read_metrics(run)
     assert np.isfinite([loss for loss in metrics["critic_loss"] if loss == loss]).all()
     result = json.loads((run / "eval.json").read_text())
-    assert len(result["episodes"]) == 2 and set(result["episodes"][0]) == {"steps", "return", "success"}
+    assert len(result["episodes"]) == 2 and set(result["episodes"][0]) == {"steps", "return", "paid", "success"}
     assert configs.load(train_sac.Config, run / "config.json") == config
     marks = np.memmap(run / "features.marks", np.uint64)
     filled = marks.copy()
@@ -308,7 +308,7 @@ def test_where_the_classifier_judges_it_counts_each_frame_once(made, tmp_path):
         rig.verdict = None  # as on a real arm
         env = rig.make_env(config.env, config.preprocess, config.reward, 1, eyes)
         (result,) = infer.evaluate(env, rig, policy, eyes, 1, 0.0)
-    assert result == {"steps": 3, "return": 1.0, "success": True}
+    assert result == {"steps": 3, "return": 1.0, "paid": True, "success": True}
 
 
 def test_infer_repeats_itself_writes_a_video_and_needs_no_leader_moves(made, tmp_path):
@@ -493,7 +493,8 @@ def test_a_resume_with_another_config_prints_what_differs_and_wants_it_confirmed
     train_sac.main(config)
     assert configs.load(train_sac.Config, tmp_path / "run" / "config.json").sac.lr == 1e-3
     assert (
-        '"config_changed", "changes": ["  sac.lr: 0.0003 -> 0.001"]' in (tmp_path / "run" / "events.jsonl").read_text()
+        '"config_change_confirmed", "changes": ["  sac.lr: 0.0003 -> 0.001"]'
+        in (tmp_path / "run" / "events.jsonl").read_text()
     )
 
 

@@ -119,7 +119,7 @@ def pretrain(
 
     images (N, cameras, S, S, 3) uint8, states (N, 18), targets (N, K) as from `what_follows`, episode_ids (N,). Both
     errors are mean squares in standard deviations of the training episodes. The trunk is frozen again at the end.
-    Raises DataError for fewer than two episodes.
+    Raises DataError for fewer than two episodes, and where nothing changes in them.
     """
     episodes = np.unique(episode_ids)
     if len(episodes) < 2:
@@ -128,11 +128,14 @@ def pretrain(
     count = min(max(1, round(config.held_out * len(episodes))), len(episodes) - 1)
     held = np.isin(episode_ids, rng.permutation(episodes)[:count])
     mean, std = np.nanmean(targets[~held], axis=0), np.nanstd(targets[~held], axis=0)
-    target = torch.from_numpy((targets - mean) / np.maximum(std, 1e-6)).float()
+    told = std > 1e-6  # what never changes teaches nothing
+    if not told.any():
+        raise DataError("encoder data: nothing in them changes, so there is nothing to guess; record the task itself")
+    target = torch.from_numpy((targets - mean)[:, told] / std[told]).float()
     state = torch.from_numpy(states).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        guesser = Guesser(trunk, images.shape[1], images.shape[2] // STRIDE, targets.shape[1])
+        guesser = Guesser(trunk, images.shape[1], images.shape[2] // STRIDE, target.shape[1])
     guesser.normalizer.fit(states[~held])
     parameters = [*trunk.requires_grad_(True).parameters(), *guesser.encoder.parameters(), *guesser.head.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)

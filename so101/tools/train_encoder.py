@@ -18,7 +18,7 @@ from so101.config import launch, option, require_within
 from so101.data.dataset import open_dataset
 from so101.data.labels import load_labels
 from so101.episodes import load_labelled
-from so101.errors import DataError
+from so101.errors import ConfigError, DataError
 from so101.learn.pretrain import PretrainConfig, pretrain, what_follows
 from so101.learn.resnet10 import load_resnet10
 from so101.learn.weights import write_safetensors
@@ -40,12 +40,15 @@ class Config:
 
     def __post_init__(self) -> None:
         require_within(self, seed=(0, 2**31))
+        if Path(self.output).suffix != ".safetensors":
+            raise ConfigError(f"output: got {self.output!r}, needs a name that ends in .safetensors")
 
 
 def main(config: Config) -> None:
     """Load the labelled episodes, train, write the trunk. DataError for a file that is there."""
     output = Path(config.output)
     require_new(output)
+    output.parent.mkdir(parents=True, exist_ok=True)  # before the minutes of training
     dataset = open_dataset(Path(config.dataset))
     schema = dataset.require_schema()
     wanted = {"state": list(STATE), "units": UNITS, "image": asdict(config.preprocess)}
@@ -64,7 +67,6 @@ def main(config: Config) -> None:
     with Progress("train encoder", config.training.steps, "step") as progress:
         error, of_mean = pretrain(trunk, images, states, targets, ids, config.training, config.seed, progress.update)
     require_new(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(output, trunk.state_dict())
     print(f"held-out episodes: error {error:.3f}, always guessing the mean {of_mean:.3f}; {output} written")
     if error >= of_mean:
