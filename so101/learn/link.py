@@ -99,12 +99,12 @@ class Weights(NamedTuple):
     version: int
     tensors: dict[str, torch.Tensor]
     trunk_hash: str
-    action: np.ndarray  # (4,) on networks.fixed_observation: whoever loads them must find the same
+    action: np.ndarray  # (4,) of Policy.probe: whoever loads them must find the same
     checkpoint: str = ""  # to be evaluated by that name; "": to act with
 
 
 class Status(NamedTuple):
-    """How far the learner is, told about once a second."""
+    """How far the learner is."""
 
     steps: int = 0  # environment steps taken in, from all actors
     updates: int = 0

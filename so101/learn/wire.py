@@ -462,6 +462,7 @@ class ActorEnd:
             with self._lock:
                 message = self._unsent.popleft()
             post.push(f"from/{post.session}", message)
-            self._verdicts = [verdict for verdict in self._verdicts if verdict is not message]
+            with self._lock:  # the loop may be adding one
+                self._verdicts = [verdict for verdict in self._verdicts if verdict is not message]
             room -= 1
         return False
