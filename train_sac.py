@@ -67,6 +67,7 @@ CUT_AFTER = 3  # labelled successes in a row at which a demonstration ends for S
 LOG_EVERY = 50  # updates; reading the numbers makes the learner wait for its device
 # Of a learner in its own process: updates between two looks at what has come, s between weights, s of a rest.
 AT_ONCE, PUBLISH_EVERY, IDLE = 4, 1.0, 0.005
+ORPHAN_ENDS = 30.0  # s
 
 
 @dataclass
@@ -295,7 +296,10 @@ def run_alone(config: Config) -> None:
     encoder = ViewEncoder(trunk, sac.views, sac.pad, config.seed, sac.features == "cached")
     begin_run(folder, config)
     with ExitStack() as stack:
-        learner = stack.enter_context(closing(make_learner(config, encoder, known_demonstrations(config))))
+        # A learner whose actor was killed saves before it ends.
+        learner = stack.enter_context(
+            closing(make_learner(config, encoder, known_demonstrations(config), patience=ORPHAN_ENDS))
+        )
         link = LearnerEnd(make_secret(secret_path(config)), config.link.port or 0, agreed(config, learner.trunk_hash))
         stack.enter_context(closing(link))
         write_atomic(folder / ADDRESS, json.dumps({"port": link.port}))
@@ -351,13 +355,15 @@ def make_actor(
     )
 
 
-def make_learner(config: Config, encoder: ViewEncoder, known: list[tuple[Episode, np.ndarray]]) -> Learner:
-    """The learner of this run, with the demonstrations cut at their success."""
+def make_learner(
+    config: Config, encoder: ViewEncoder, known: list[tuple[Episode, np.ndarray]], patience: float = 0.0
+) -> Learner:
+    """The learner of this run, with the demonstrations cut at their success; see Learner."""
     demonstrations = trajectories(known, config.preprocess, config.reward, CUT_AFTER)
     folder = Path(config.output)
     learner = Learner(
         folder, configs.to_dict(config), config.sac, config.reward, config.schema(), encoder, demonstrations,
-        config.seed, config.device,
+        config.seed, config.device, patience,
     )  # fmt: skip
     configs.save(config, folder / "config.json")  # a changed one, now that it fits the last checkpoint
     return learner

@@ -63,14 +63,15 @@ class Learner:
         demonstrations: list[Trajectory],
         seed: int,
         device: str,
+        patience: float = 0.0,
     ) -> None:
         """`config` is the run's whole, for its checkpoints.
 
-        Raises DataError where another learner is at work in the folder, or its last checkpoint was made under another
-        schema or for another trunk.
+        Raises DataError where another learner is at work in the folder for over `patience` seconds, or its last
+        checkpoint was made under another schema or for another trunk.
         """
         self.folder, self.config, self.schema, self.reward = folder, config, schema, reward
-        self._lock = FolderLock(folder)
+        self._lock = FolderLock(folder, patience)
         self.trunk_hash = trunk_hash(encoder.trunk)
         cameras, size = len(schema["cameras"]), schema["image"]["image_size"]
         torch.manual_seed(seed)

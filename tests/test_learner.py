@@ -1,5 +1,7 @@
 """What the learner makes of what actors tell it, and what an actor accepts of its learner."""
 
+import threading
+
 import numpy as np
 import pytest
 from test_scripts import made, resumed, sac_config  # noqa: F401  (a fixture)
@@ -109,6 +111,10 @@ def test_a_learner_is_alone_in_its_folder_and_saves_nothing_where_it_learned_not
     learner = train_sac.make_learner(config, eyes.encoder, known)
     with pytest.raises(DataError, match="is writing to it; stop that first"):
         train_sac.make_learner(config, eyes.encoder, known)
+    later = threading.Timer(0.5, learner._lock.release)  # as one that saves before it ends
+    later.start()
+    train_sac.make_learner(config, eyes.encoder, known, patience=20).close()
+    later.join()
     learner.save_last()  # no actor has come yet, so it has taken in 0 steps
     learner.close()
     assert (tmp_path / "run" / "checkpoints" / "last").read_text() == last

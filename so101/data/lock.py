@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +17,29 @@ if sys.platform == "win32":
 else:
     import fcntl
 
+LOOK_AGAIN = 0.1  # s
 BYTE = 1 << 30  # Windows locks a byte, and nobody may read it then: one far behind the holder's name
 
 
 class FolderLock:
     """Holds `<folder>/.lock` until `release`; its text names the holder.
 
-    Raises DataError, naming the other's process id and host, while somebody else holds it.
+    Raises DataError, naming the other's process id and host, where somebody else holds it for longer than `patience`
+    seconds.
     """
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / ".lock"
+    def __init__(self, folder: Path, patience: float = 0.0) -> None:
+        path, until = folder / ".lock", time.monotonic() + patience
         self._file: IO[str] = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held open: that is the lock
         try:
-            _lock(self._file)
+            while True:
+                try:
+                    _lock(self._file)
+                    break
+                except OSError:
+                    if time.monotonic() >= until:
+                        raise
+                    time.sleep(LOOK_AGAIN)
         except OSError as error:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"

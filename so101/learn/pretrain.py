@@ -15,7 +15,8 @@ The trained trunk takes 69 % (74 %) of the random one's steps.
     2      2354 (2680)   27, 49     1553 (1937)   47, 49
 
 A head on its features tells the cube's place in fresh scenes to 2.2 mm, on a random trunk's to 3.1 mm; without the
-state beside the frame it was 2.6 mm. Training is 12,800 frames of 1.7 GFLOP, 2.5 minutes on two idle cores.
+state beside the frame it was 2.6 mm. Training is 12,800 frames of 1.7 GFLOP: beside other
+work it took 4 to 8 minutes on two cores.
 
 The encoder has seen every labelled episode, also those that train_reward.py holds out: judge a classifier on it with
 --evaluate on another dataset (28 episodes: 99.3 % of frames right, on the random trunk 98.3 %).

@@ -1,6 +1,6 @@
 """The main job over several seeds, and the paper's ablations of it: demonstrations only, neither.
 
-    python tests/bench/bench_lift.py                           5 seeds x 3 kinds, about two hours on two cores
+    python tests/bench/bench_lift.py                           5 seeds x 3 kinds, some hours on two cores
     python tests/bench/bench_lift.py kinds='["full"]' seeds='[0]' output=outputs/bench_lift encoder=FILE
 
 Each run is train_sac.py's own `main` in a process of its own, with the demonstrations and the classifier of its seed.
