@@ -13,8 +13,10 @@ from so101.schema import ACTION, RewardSpec
 
 LAST = 20  # episodes, and successes, that the running figures look back on
 KEPT = 200  # episodes among which those successes are looked for; older ones say nothing of today's classifier
-COLLAPSE_NATS = 3.0  # under the target entropy: each of four entries has half of the std that the target asks for
-COLLAPSE_LOOKS = 20  # in a row: 1,000 updates at a look every 50, so the temperature had time to answer
+COLLAPSE_NATS = 5.0  # under the target entropy: each of four entries has 0.3 of the std that the target asks for
+# In a row: 3,000 updates at a look every 50. A run begins with a temperature that is far too low, and of ten good ones
+# in the simulation one was still 5 nats under the target after 2,300 updates.
+COLLAPSE_LOOKS = 60
 SATURATED, SATURATED_SHARE = 0.99, 0.95  # an entry at its limit; a good policy keeps two of four there, never all
 CONSTANT_STD = 0.02  # an entry's own noise at the target entropy is 0.15
 STUCK_EPISODES, STUCK_STEPS = 5, 5  # in a row, each with so many steps of the policy's own
@@ -37,6 +39,8 @@ ALARMS = {
     "hardly explores; begin again from an earlier checkpoint, or with a larger sac.temperature_init",
     "actions": "policy collapsed: for {episodes} episodes its actions were {what}, so it no longer answers to what it "
     "sees; check that camera and state are alive, else begin again from an earlier checkpoint",
+    "nan": "training has diverged: {what} is not a number any more, so nothing is learned; begin again from an earlier "
+    "checkpoint with a lower sac.lr",
     "q": "Q above what is possible: the highest value is {highest:.2f} where a policy can earn {possible:.2f} at most, "
     "so the critics overestimate, often after long interventions; help more briefly, and if it stays, begin again "
     "with a lower sac.utd_ratio or more sac.critics",
@@ -188,14 +192,16 @@ class Monitor:
             missed, limit = self.utd_ratio - done, MISSED_SHARE * self.utd_ratio
             if span >= UTD_STEPS:
                 self._judge("governor", missed, limit, limit / 2, done=done, span=span, asked=self.utd_ratio)
+        lost = [name for name in metrics if math.isnan(columns[name])]
+        self._judge("nan", len(lost), 0, 0, what=", ".join(lost))
         if (entropy := columns.get("entropy")) is not None:
-            low = not entropy >= self.target_entropy - COLLAPSE_NATS  # also where it is NaN
+            low = entropy < self.target_entropy - COLLAPSE_NATS
             self._judge_run("entropy", low, COLLAPSE_LOOKS, entropy=entropy, target=self.target_entropy)
         if (highest := columns.get("q_max")) is not None:
             possible = self.largest_return + self.entropy_steps * columns.get("temperature", 0.0) * MOST_ENTROPY
             if possible > 0:
                 columns["q_share"] = highest / possible
-            high = not highest <= possible + Q_EXCESS * (possible if possible > 0 else 1.0)  # also where it is NaN
+            high = highest > possible + Q_EXCESS * (possible if possible > 0 else 1.0)
             self._judge_run("q", high, Q_LOOKS, highest=highest, possible=possible)
         return columns
 
