@@ -34,6 +34,7 @@ from so101.rig import Rig, RigConfig, describe_task, open_rig
 from so101.robot.teleop import EVALUATION, POLICY_STARTS
 from so101.runlog import Progress, table, wilson_interval
 from so101.schema import Preprocess, RewardSpec
+from so101.web.live_page import live_page
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Config:
     std_scale: float = option(0.0, "share of the policy's spread to act with; 0: its mean action, 1: as in training")
     video: str | None = option(None, "mp4 file to write, of what the networks see; must not exist")
     output: str | None = option(None, "folder for eval.json; null: the run folder")
+    page: bool = option(False, "show it live in the browser, on this machine alone, and act from there")
+    page_port: int = option(0, "port of the page; 0: any that is free")
 
     def __post_init__(self) -> None:
         require_within(self, episodes=(1, 1_000_000), seed=(0, 2**31), std_scale=(0, 1))
@@ -74,7 +77,10 @@ def main(config: Config) -> None:
             size = trained.preprocess.image_size
             width = size * len(trained.rig.cameras)
             video = stack.enter_context(closing(VideoWriter(Path(config.video), trained.env.fps, size, width)))
-        rig = stack.enter_context(open_rig(trained.rig, config.seed))
+        page = stack.enter_context(live_page(config.page, config.page_port, "infer"))
+        if page is not None:
+            page.judge = eyes
+        rig = stack.enter_context(open_rig(trained.rig, config.seed, page))
         env = rig.make_env(trained.env, trained.preprocess, trained.reward, config.seed, rig.verdict or eyes)
         episodes = evaluate(env, rig, policy, eyes, config.episodes, config.std_scale, video)
     report(output, episodes, rig)
@@ -129,7 +135,7 @@ def evaluate(
     generator = torch.Generator().manual_seed(0)
     results: list[dict[str, Any]] = []
     aborts = 0  # since an episode was finished
-    with Progress("evaluate", episodes, "episode") as progress:
+    with Progress("evaluate", episodes, "episode", rig.page) as progress:
         while len(results) < episodes:
             rig.teleop.hear(EVALUATION)
             try:

@@ -31,6 +31,7 @@ from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE, RECORDING
 from so101.runlog import Progress
 from so101.schema import ACTION, Preprocess, RewardSpec
 from so101.tools.lint import ROBOT, shortened
+from so101.web.live_page import live_page
 
 # Nothing that is on the disk is taken back: the label leaves it out.
 FAULTY = Cue("fault", "episode {} is faulty: press r in the reset to leave it out, or skip it in label.py", (880, 220))
@@ -49,6 +50,8 @@ class Config:
     steps_after_success: int | None = option(12, "steps recorded after the success key; null: until time is up")
     resume: bool = option(False, "append to a dataset that is there, up to `episodes` in all")
     seed: int = option(0, "seed of the simulated world and of the random start poses")
+    page: bool = option(False, "show it live in the browser, on this machine alone, and act from there")
+    page_port: int = option(0, "port of the page; 0: any that is free")
     codec: Codec = option("h264", CODEC_HELP)
     rig: RigConfig = option(RigConfig(), "arms, cameras, person")
     env: EnvConfig = option(EnvConfig(), "the task's geometry and timing")
@@ -61,8 +64,8 @@ class Config:
         require_within(self, episodes=(1, 1_000_000), failures=(0, self.episodes), seed=(0, 2**31))
         if self.steps_after_success is not None:
             require_within(self, steps_after_success=(1, 1_000_000))
-        if self.rig.leader is None:
-            raise ConfigError("rig.leader: got null, recording needs a leader arm")
+        if self.rig.leader is None and not self.page:
+            raise ConfigError("rig.leader: got null; recording needs a leader arm, or page=true to drive from there")
 
 
 def is_failure(index: int, config: Config) -> bool:
@@ -101,7 +104,8 @@ def main(config: Config) -> None:
     seed = config.seed + 1_000_003 * had  # a resumed recording draws fresh scenes, not its first ones again
     schema = describe_task(config.rig, config.env, config.preprocess)
     with ExitStack() as stack:
-        rig = stack.enter_context(open_rig(config.rig, seed))
+        page = stack.enter_context(live_page(config.page, config.page_port, "record"))
+        rig = stack.enter_context(open_rig(config.rig, seed, page))
         env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)
         folder.parent.mkdir(parents=True, exist_ok=True)
         writer = DatasetWriter(
@@ -112,7 +116,7 @@ def main(config: Config) -> None:
         save(config, config_path(folder))  # not before the writer has agreed to it
         labels = label_the_last(folder, labels)
         linter = Linter(open_dataset(folder), replace(ROBOT, locked=tuple(config.env.locked_joints)))
-        progress = stack.enter_context(Progress("record", config.episodes, "episode"))
+        progress = stack.enter_context(Progress("record", config.episodes, "episode", page))
         kept, aborts = False, 0  # whether the last episode is on disk; how many failed since one was
         while (number := writer.episodes - left_out) < config.episodes:
             failing = is_failure(number, config)

@@ -61,6 +61,7 @@ from so101.runlog import RunLog
 from so101.schema import TOOL_XYZ, Preprocess, RewardSpec, require_same
 from so101.signals import signals_held
 from so101.tools.lint import require_clean
+from so101.web.live_page import LivePage, live_page
 
 ADDRESS, SECRET = "link.json", "link.secret"  # in the run folder: the learner's port, and what proves who writes
 CUT_AFTER = 3  # labelled successes in a row at which a demonstration ends for SAC, as online
@@ -111,6 +112,8 @@ class Config:
     changed: bool = option(False, "a resume with another config is meant; the differences are printed either way")
     seed: int = option(0, "seed of everything random")
     device: str = option("cpu", "cpu, cuda or mps")
+    page: bool = option(False, "show it live in the browser, on this machine alone, and act from there")
+    page_port: int = option(0, "port of the page; 0: any that is free")
     codec: Codec = option("h264", CODEC_HELP)
     rig: RigConfig = option(RigConfig(), "arms, cameras, person")
     env: EnvConfig = option(EnvConfig(), "the task's geometry and timing")
@@ -133,6 +136,8 @@ class Config:
         )  # fmt: skip
         if self.role != "both" and self.mode == "alternate":
             raise ConfigError(f"role: {self.role!r} needs mode=parallel; in one process there is nobody else")
+        if self.page and self.role == "learner":
+            raise ConfigError("page: a learner alone sees nothing; say page=true where the actor runs")
         if self.role == "actor" and self.link.port is None and not self.link.secret:
             raise ConfigError("link: role=actor needs link.port and link.secret, the learner's (README: two machines)")
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -172,13 +177,16 @@ def main(config: Config) -> None:
             learner = stack.enter_context(closing(make_learner(config, eyes.encoder, known)))
             learning = run_learner(config, learner, link)
             next(learning)  # takes in what is recorded, before the arm moves
-        actor = stack.enter_context(closing(make_actor(config, known, eyes, link, watch)))
+        page = stack.enter_context(live_page(config.page, config.page_port, "train_sac", folder))
+        if page is not None:
+            page.judge = eyes
+        actor = stack.enter_context(closing(make_actor(config, known, eyes, link, watch, page)))
         actor.find_learner()
         actor.log.event("started", steps=actor.steps, updates=link.status.updates, mode=config.mode, role=config.role)
         if actor.steps:
             print(f"{folder}: goes on from step {actor.steps}, update {link.status.updates}")
         seed = config.seed + 1 + actor.steps  # a resumed run draws fresh scenes
-        rig = stack.enter_context(open_rig(config.rig, seed))
+        rig = stack.enter_context(open_rig(config.rig, seed, page))
         env = rig.make_env(config.env, config.preprocess, config.reward, seed, eyes)
         for _ in run_actor(config, actor, env, rig, eyes):
             if learning:
@@ -332,6 +340,7 @@ def make_actor(
     eyes: Eyes,
     link: Link | ActorEnd,
     watch: Callable[[], None] | None = None,
+    page: LivePage | None = None,
 ) -> Actor:
     """The actor of this run, with the episodes that are recorded; `watch` sees to the learner's process."""
     folder = Path(config.output)
@@ -352,6 +361,7 @@ def make_actor(
         config.steps,
         config.seed,
         watch,
+        page,
     )
 
 

@@ -20,7 +20,7 @@ from so101.learn.eyes import Eyes
 from so101.learn.link import Corrected, Discarded, Evaluated, Link, Moved, Recorded, Started, Weights
 from so101.learn.networks import Policy
 from so101.learn.wire import ActorEnd
-from so101.runlog import Progress, RunLog
+from so101.runlog import Progress, RunLog, Screen
 from so101.schema import ACTION, TOOL_XYZ, Preprocess, RewardSpec
 
 SAME_ACTION = 1e-3  # largest difference on the fixed observation; two devices round differently, by about 1e-5
@@ -43,10 +43,11 @@ class Actor:
         steps: int,
         seed: int,
         watch: Callable[[], None] | None = None,
+        screen: Screen | None = None,
     ) -> None:
         """`starts` (n, 3) m are where the demonstrations' tool was first, `steps` those of the whole run.
 
-        `watch` sees to the learner's process, where it is ours.
+        `watch` sees to the learner's process, where it is ours; `screen` shows what the console does.
         """
         self.link, self.episodes, self.log, self.policy, self.eyes = link, episodes, log, policy.eval(), eyes
         self.reward, self.starts, self._watch = reward, starts, watch
@@ -59,7 +60,7 @@ class Actor:
             success, helped = columns["next.reward"].max() > 0.5, columns["complementary_info.is_intervention"].any()
             self.recent.append(success)
             self.alone.append(success and not helped)
-        self.progress = Progress("train", steps, "step")
+        self.progress = Progress("train", steps, "step", screen)
         self.rng = np.random.default_rng([seed, self.steps])  # a resumed run explores afresh
         self.noise = torch.Generator().manual_seed(seed + self.steps)
         self.version, self._since, self._began = -1, 0.0, 0.0  # of the weights, when they came, when the episode began
@@ -200,8 +201,10 @@ class Actor:
             self.progress.say(alarm)
         self._alarms = len(status.alarms)
         self.progress.update(
-            self.steps, episode=self.episodes.episodes, success=f"{sum(self.recent)}/{len(self.recent)}",
+            min(self.steps, self.progress.total), episode=self.episodes.episodes,
+            success=f"{sum(self.recent)}/{len(self.recent)}",
             alone=f"{sum(self.alone)}/{len(self.alone)}", updates=status.updates,
+            replay=f"{status.online}+{status.demonstrations}",
         )  # fmt: skip
 
 

@@ -125,6 +125,13 @@ class Detector(Protocol):
         """True when the task has succeeded at this observation."""
 
 
+class Screen(Protocol):
+    """Somebody who looks on, from the page say."""
+
+    def show(self, env: "Env", observation: Observation, step: Step | None) -> None:
+        """What was just observed, and the step that led there; None at the start of an episode. Never waits."""
+
+
 class _Quits(Exception):
     """The person quits while the arm resets."""
 
@@ -146,12 +153,14 @@ class Env:
         detector: Detector | None = None,
         success_ends: bool = True,
         limits: safety.SafetyConfig,
+        screen: Screen | None = None,
     ) -> None:
         """`success_ends` False lets a recording go on after success; `detector` None leaves it to the keys."""
         self.config, self.arm, self.cameras, self.teleop = config, arm, cameras, teleop
         self.clock, self.rng = clock, rng
         self.preprocess, self.reward, self.detector = preprocess, reward, detector
         self.success_ends, self.watchdog = success_ends, safety.Watchdog(limits, clock)
+        self.screen = screen
         self.rate = Rate(clock, 1 / config.fps)
         self._low = np.array(config.workspace_low)
         self._locked = [ARM_JOINTS.index(name) for name in config.locked_joints]
@@ -198,6 +207,8 @@ class Env:
             raise
         if person_drives and not quits:
             self.teleop.take_over(self.target, self.opening, self._gripper_reach)
+        if self.screen is not None:
+            self.screen.show(self, observation, None)
         return observation, events
 
     def hold(self, until: Callable[[], bool]) -> frozenset[str]:
@@ -227,7 +238,10 @@ class Env:
                 self.teleop.hear(cue)
         lag = float(np.linalg.norm(self.target - self._tool))
         reward = self.reward.of(success)
-        return Step(observation, action, by_human, reward, success, terminated, truncated, human.events, lag, late)
+        step = Step(observation, action, by_human, reward, success, terminated, truncated, human.events, lag, late)
+        if self.screen is not None:
+            self.screen.show(self, observation, step)
+        return step
 
     def _to_action(self, displacement: np.ndarray, opening: float) -> np.ndarray:
         """The action (4,), clipped, that moves the target by (3,) m and the gripper by an opening."""

@@ -222,7 +222,9 @@ class Learner:
 
     def status(self) -> Status:
         """How far it is, for the actors."""
-        return Status(self.steps, self.updates, tuple(self.alarms))
+        replay = self.replay
+        online = min(replay.online_count, replay.online_capacity)
+        return Status(self.steps, self.updates, tuple(self.alarms), replay.demo_count, online)
 
     def weights(self, checkpoint: str = "") -> Weights:
         """The policy as it is now: to act with, or to evaluate as a checkpoint."""

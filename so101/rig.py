@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from so101.config import option, require_within
 from so101.env import Camera as AnyCamera
-from so101.env import Detector, Env, EnvConfig, Observation
+from so101.env import Detector, Env, EnvConfig, Observation, Screen
 from so101.errors import ConfigError, HardwareError, SafetyStop, tell
 from so101.robot import safety
 from so101.robot.arm import POSE_TOLERANCE, Arm
@@ -22,8 +22,9 @@ from so101.robot.kinematics import jaw_angle
 from so101.robot.ports import open_port
 from so101.robot.probe import swapped
 from so101.robot.safety import SafetyConfig, Watchdog
-from so101.robot.sound import Sound
-from so101.robot.teleop import STOPPED, Leader, Teleop, TeleopConfig, TerminalKeys
+from so101.robot.sound import Cue, Sound
+from so101.robot.teleop import PLACE_CUBE, STOPPED, Leader, Pendant, Teleop, TeleopConfig, TerminalKeys
+from so101.runlog import Screen as Facts
 from so101.schema import JOINTS, Preprocess, RewardSpec, describe
 from so101.sim.camera import CameraConfig as SimCameraConfig
 from so101.sim.camera import Scene, SimCamera
@@ -59,8 +60,12 @@ class RigConfig:
     safety: SafetyConfig = option(SafetyConfig(), "what the watchdog tolerates")
     world: WorldConfig = option(WorldConfig(), "the simulated world")
     sim_camera: SimCameraConfig = option(SimCameraConfig(), "the simulated camera")
-    operator: OperatorConfig = option(OperatorConfig(), "the simulated person")
-    pace: float | None = option(None, "simulated seconds per real one; null: as fast as it goes")
+    operator: OperatorConfig | None = option(
+        OperatorConfig(), "the simulated person; null: nobody but you, at the keys or on the page"
+    )
+    pace: float | None = option(
+        None, "simulated seconds per real one; null: as fast as it goes, or 1 where nobody is simulated"
+    )
 
     @property
     def frame_sizes(self) -> dict[str, tuple[int, int]]:
@@ -80,6 +85,8 @@ class RigConfig:
             raise ConfigError(f"{', '.join(mixed)}: follower.port is {self.follower.port!r}; all are sim, or none is")
         if not self.cameras:
             raise ConfigError("cameras: got none, the policy needs at least one")
+        if self.operator is None and self.pace is None:
+            self.pace = 1.0  # a person cannot drive faster
         if self.pace is not None:
             require_within(self, pace=(1e-3, 1e3))
         if self.simulated:
@@ -127,6 +134,26 @@ def describe_task(rig: RigConfig, env: EnvConfig, preprocess: Preprocess) -> dic
     return describe(preprocess, list(rig.cameras), env.fps, env.action_scale, env.gripper_step)
 
 
+class Page(Pendant, Screen, Facts, Protocol):
+    """The page in a browser: it shows, and a person acts from there."""
+
+    def connect(self, cameras: Mapping[str, AnyCamera]) -> None:
+        """Show the newest frames of real cameras too, between the ticks."""
+
+
+class _Alone(TerminalKeys):
+    """The keys of somebody who has the simulated world to himself: the cube is placed for him."""
+
+    def __init__(self, sound: Sound, world: World) -> None:
+        super().__init__(sound)
+        self.world = world
+
+    def hear(self, cue: Cue) -> None:
+        super().hear(cue)
+        if cue.kind == PLACE_CUBE.kind:
+            self.world.reset()
+
+
 @dataclass
 class Rig:
     """What the scripts drive."""
@@ -137,6 +164,7 @@ class Rig:
     teleop: Teleop
     verdict: WorldVerdict | None  # a real world has none
     limits: SafetyConfig
+    page: Page | None = None
 
     def make_env(
         self,
@@ -151,17 +179,18 @@ class Rig:
         return Env(
             config, self.arm, self.cameras, self.teleop, self.clock, np.random.default_rng(seed),
             preprocess=preprocess, reward=reward, detector=detector, success_ends=success_ends, limits=self.limits,
+            screen=self.page,
         )  # fmt: skip
 
 
 @contextmanager
-def open_rig(config: RigConfig, seed: int) -> Iterator[Rig]:
-    """Connect everything, start the arm safely, and leave it safe on every way out.
+def open_rig(config: RigConfig, seed: int, page: Page | None = None) -> Iterator[Rig]:
+    """Connect everything, start the arm safely, and leave it safe on every way out; who looks on does it on `page`.
 
     Raises HardwareError for a port, servo or camera that is not there.
     """
     with ExitStack() as stack:
-        rig = _simulated(config, seed) if config.simulated else _real(config, stack)
+        rig = _simulated(config, seed, page) if config.simulated else _real(config, stack, page)
         stack.callback(_report_faults, rig)  # last: the way to rest is on the same lines
         stack.callback(rig.teleop.keys.close)
         if rig.teleop.leader is not None:
@@ -203,7 +232,7 @@ def _report_faults(rig: Rig) -> None:
             tell(said)
 
 
-def _real(config: RigConfig, stack: ExitStack) -> Rig:
+def _real(config: RigConfig, stack: ExitStack, page: Page | None) -> Rig:
     require_lasting_names(config.cameras)
     clock = Clock()
     leader = None if config.leader is None else _hand(open_arm("leader", config.leader, stack), config, clock)
@@ -212,8 +241,10 @@ def _real(config: RigConfig, stack: ExitStack) -> Rig:
     for name, camera in config.cameras.items():
         cameras[name] = Camera(name, camera, clock)
         stack.callback(cameras[name].close)
-    teleop = Teleop(leader, TerminalKeys(Sound(config.teleop.sounds)), config.teleop)
-    return Rig(clock, arm, cameras, teleop, None, config.safety)
+    if page is not None:
+        page.connect(cameras)
+    teleop = Teleop(leader, TerminalKeys(Sound(config.teleop.sounds)), config.teleop, page)
+    return Rig(clock, arm, cameras, teleop, None, config.safety, page)
 
 
 def open_arm(name: str, config: ArmConfig, stack: ExitStack) -> Arm:
@@ -227,7 +258,7 @@ def open_arm(name: str, config: ArmConfig, stack: ExitStack) -> Arm:
     return Arm(bus, calibration)
 
 
-def _simulated(config: RigConfig, seed: int) -> Rig:
+def _simulated(config: RigConfig, seed: int, page: Page | None) -> Rig:
     clock = SimClock(config.pace)
     world_rng, camera_rng, person_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
     follower, leader = SimServos(), SimServos()
@@ -248,10 +279,14 @@ def _simulated(config: RigConfig, seed: int) -> Rig:
         )
 
     cameras = {name: SimCamera(config.sim_camera, scene, clock, camera_rng) for name in config.cameras}
-    operator = Operator(config.operator, world, follower, leader, person_rng)
+    person: Operator | _Alone
+    if config.operator is None:
+        person = _Alone(Sound(config.teleop.sounds), world)
+    else:
+        person = Operator(config.operator, world, follower, leader, person_rng)
     hand = None if config.leader is None else _hand(_sim_arm(leader, clock), config, clock)
-    teleop = Teleop(hand, operator, config.teleop)
-    return Rig(clock, _sim_arm(follower, clock), cameras, teleop, WorldVerdict(world), config.safety)
+    teleop = Teleop(hand, person, config.teleop, page)
+    return Rig(clock, _sim_arm(follower, clock), cameras, teleop, WorldVerdict(world), config.safety, page)
 
 
 def _hand(arm: Arm, config: RigConfig, clock: Clock) -> Leader:

@@ -16,7 +16,7 @@ from so101.runlog import RunLog, read_metrics
 # What a person may change between two parts of a run without changing what is learned.
 FREE = (
     "output", "resume", "changed", "steps", "evaluation_episodes", "evaluate_every", "evaluate_episodes",
-    "checkpoint_every", "mode", "role", "link", "device",
+    "checkpoint_every", "mode", "role", "link", "device", "page", "page_port",
 )  # fmt: skip
 
 
@@ -38,6 +38,11 @@ def check_run(folder: Path, config: Any) -> None:
     ]
     if not said:
         return
+    if before["reward_model"] != now["reward_model"]:
+        raise ConfigError(
+            f"reward_model: {folder} keeps the classifier that it began with, {before['reward_model']}, not "
+            f"{now['reward_model']}; what was learned from one is nothing to go on from with another: begin a new run"
+        )
     print(f"{folder}: the config differs from what the run was begun with:", *said, sep="\n")
     if not config.changed:
         raise ConfigError(

@@ -10,9 +10,9 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -137,14 +137,25 @@ def _cut_torn_line(path: Path) -> bool:
     return whole < len(content)
 
 
+class Screen(Protocol):
+    """Somewhere else where progress is shown."""
+
+    def facts(self, label: str, done: int, total: int, unit: str, info: Mapping[str, float | int | str]) -> None:
+        """How far something has come."""
+
+    def tell(self, kind: str, words: str) -> None:
+        """A line of its own."""
+
+
 class Progress:
     """How far long work has come: a line that redraws itself on a terminal, now and then a line elsewhere.
 
     As a context manager it closes itself, also when the work fails.
     """
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
-        self.label, self.total, self.unit = label, total, unit
+    def __init__(self, label: str, total: int, unit: str, also: "Screen | None" = None) -> None:
+        """`also` is told the same: the page, where there is one."""
+        self.label, self.total, self.unit, self.also = label, total, unit, also
         self._started: tuple[float, int] | None = None  # when, and at which count: a resume is not at 0
         self._shown = time.monotonic()
         self._done, self._text = 0, ""
@@ -160,6 +171,8 @@ class Progress:
         """Print a line of its own where the bar may stand."""
         clear = "\r\x1b[K" if sys.stdout.isatty() else ""
         print(f"{clear}{words}", flush=True)
+        if self.also is not None:
+            self.also.tell("said", words)
 
     def update(self, done: int, **info: float | int | str) -> None:
         """Show `done` of `total`, with the rate since the first update, the time left and `info`."""
@@ -170,6 +183,8 @@ class Progress:
         rate = made / elapsed if elapsed > 0 else 0.0
         left = duration(max(0, self.total - done) / rate) if rate > 0 else "?"
         words = [f"{done}/{self.total} {self.unit}", f"{rate:.3g}/s", f"{left} left"]
+        if self.also is not None:
+            self.also.facts(self.label, done, self.total, self.unit, info)
         self._done = done
         self._text = "  ".join(words + [f"{name} {_short(value)}" for name, value in info.items()])
         if now - self._shown >= (REDRAW_EVERY if sys.stdout.isatty() else PLAIN_LINE_EVERY):

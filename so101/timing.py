@@ -54,6 +54,7 @@ class Rate:
     def __init__(self, clock: Clock, period: float) -> None:
         self.clock, self.period = clock, period
         self.overruns = 0
+        self.busy = 0.0  # s of the last period that were not waited
         self.restart()
 
     def restart(self) -> None:
@@ -67,6 +68,7 @@ class Rate:
         instead of running a burst of short periods after a stall.
         """
         late = self.clock.now() - self._deadline
+        self.busy = self.period + late
         if late > 0:
             self.overruns += 1
             self._deadline = self.clock.now()

@@ -75,8 +75,8 @@ def recording(tmp_path, monkeypatch):
 
     def run(keys=None, camera_fails_at=(), moves=True, **settings):
         @contextmanager
-        def rigged(config, seed):
-            with open_rig(config, seed) as rig:
+        def rigged(config, seed, page=None):
+            with open_rig(config, seed, page) as rig:
                 run.rig, run.person = rig, Scripted(rig.teleop.keys, keys or {}, moves)
                 rig.teleop.keys = run.person
                 rig.cameras = {"wrist": FaultyCamera(camera_fails_at, config.frame_sizes["wrist"])}

@@ -18,8 +18,8 @@ def driving(monkeypatch):
 
     def run(keys, seconds=3.0):
         @contextmanager
-        def rigged(config, seed):
-            with open_rig(config, seed) as rig:
+        def rigged(config, seed, page=None):
+            with open_rig(config, seed, page) as rig:
                 run.rig, rig.teleop.keys = rig, Scripted(rig.teleop.keys, keys)
                 rig.cameras = {"wrist": FaultyCamera(())}
                 run.start = rig.arm.read().position
@@ -57,5 +57,7 @@ def test_every_way_out_tells_the_times_and_leaves_both_arms_limp_and_the_followe
 
 
 def test_without_a_leader_it_says_what_it_needs():
-    with pytest.raises(ConfigError, match="rig.leader: got null, driving by hand needs a leader arm"):
+    with pytest.raises(
+        ConfigError, match="rig.leader: got null; drive with a leader arm, or from the page with page=true"
+    ):
         teleoperate.Config(rig=RigConfig(leader=None))

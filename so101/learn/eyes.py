@@ -81,11 +81,18 @@ class Eyes:
         require_trunk(other, self.trunk_hash, "weights")
 
     def reset(self) -> None:
-        """An episode begins."""
+        """An episode begins. Its newest frame's `probability` of success is known after `update`."""
         self._recent.clear()
         self._newest = None
         self.detector.reset()
+        self.probability: float | None = None
+
+    @property
+    def threshold(self) -> float:
+        """A frame whose probability is above it counts as success."""
+        return self.detector.threshold
 
     def update(self, observation: Looked) -> bool:
         """Whether the classifier, its guard and its vote see success."""
-        return self.detector.update(self.detector.probability(self.features(observation)), observation.state)
+        self.probability = self.detector.probability(self.features(observation))
+        return self.detector.update(self.probability, observation.state)

@@ -109,6 +109,8 @@ class Status(NamedTuple):
     steps: int = 0  # environment steps taken in, from all actors
     updates: int = 0
     alarms: tuple[str, ...] = ()  # all so far
+    demonstrations: int = 0  # observations in replay
+    online: int = 0
 
 
 Experience = Joined | Left | Started | Moved | Corrected | Discarded | Recorded | Evaluated

@@ -77,6 +77,7 @@ class Watchdog:
         self._since: dict[str, np.ndarray] = {}  # by advice: (6,) s at which each joint's trouble began, inf for none
         self._stood = np.zeros(6)  # (6,) where each joint was when it last moved on
         self._told: set[tuple[str, str]] = set()
+        self.newest: Reading | None = None  # what was judged last
         self._weak_until: float | None = None  # s; for as long the gripper is spared
 
     def check(self, reading: Reading, commanded: np.ndarray) -> list[str]:
@@ -131,7 +132,7 @@ class Watchdog:
         """
         if self.clock.now() - self._checked > LONGEST_TICK:
             arm.require_torque()
-        reading = arm.read()
+        self.newest = reading = arm.read()
         if to_hold := self.check(reading, arm.commanded):
             arm.hold(to_hold)
         self._spare_gripper(arm, reading)

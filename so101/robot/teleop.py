@@ -1,10 +1,13 @@
-"""The person's side: a leader arm to drive with and keys to judge with, together one HumanInput a tick.
+"""The person's side: a leader arm or a page to drive with and keys to judge with, together one HumanInput a tick.
 
 While the policy drives, the leader is stiff and follows the follower; while the person drives, for a whole
 recording or to step in, it is limp and its motion becomes the action. The person steps in with a key, or by
 pushing the leader off its course. At takeover only the leader's offset to the target is set anew, so neither
 takeover nor hand-back makes anything jump. Handing back is the key's alone: a hand that holds still may be
 waiting for the gripper, and a leader that was let go sinks, so stillness would be read wrongly both ways.
+
+Who drives from the page (so101/web/live_page.py) holds keys there, or a gamepad's sticks: what is held now is the
+action, and the arm holds still as soon as the page is not heard.
 """
 
 import os
@@ -67,6 +70,7 @@ YOU_DRIVE = Cue("takeover", "you drive", (660, 880))
 POLICY_DRIVES = Cue("takeover", "the policy drives", (880, 660))
 PAUSED = Cue("pause", "paused after this episode: press p to go on", (440, 330, 440))
 GOES_ON = Cue("pause", "goes on", (440, 550))
+LOST = Cue("pause", "the page was lost while it drove: the episode is dropped; press p to go on", (440, 330, 440))
 DROPPED = Cue("dropped", "episode dropped: {}", (330, 262))
 STOPPED = Cue("fault", "the arm was stopped", (880, 220, 880, 220))
 
@@ -76,7 +80,9 @@ class TeleopConfig:
     """How a person steps in, and what he hears."""
 
     takeover: Literal["key", "motion", "both"] = option(
-        "both", "how a person takes over from the policy: the i key, pushing the leader, or both; i hands back"
+        "both",
+        "how a person takes over from the policy: the i key, moving the leader or the page's keys, or both; i "
+        "hands back",
     )
     push: float = option(0.25, "rad by which a joint of the following leader must be held off its course to take over")
     push_ticks: int = option(3, "ticks in a row for which it must be held off")
@@ -107,6 +113,25 @@ class KeySource(Protocol):
 
     def close(self) -> None:
         """Give the terminal back."""
+
+
+class Pendant(Protocol):
+    """A person somewhere else, at the page in a browser: presses keys, and may drive with what is held there."""
+
+    def poll(self) -> list[str]:
+        """As KeySource's."""
+
+    def quits(self) -> bool:
+        """As KeySource's."""
+
+    def hear(self, cue: Cue) -> None:
+        """Take in one of the cues above."""
+
+    def hand(self) -> np.ndarray | None:
+        """The action (4,) that is held there now, zero where nothing is; None where nobody is to drive from there."""
+
+    def lost(self) -> bool:
+        """Whether who was to drive from there went away without a word; said once."""
 
 
 class TerminalKeys:
@@ -241,11 +266,17 @@ class Leader:
 
 
 class Teleop:
-    """Leader and keys as one source of HumanInput."""
+    """Leader, keys and page as one source of HumanInput."""
 
-    def __init__(self, leader: Leader | None, keys: KeySource, config: TeleopConfig | None = None) -> None:
-        self.leader, self.keys, self.config = leader, keys, config or TeleopConfig()
-        self.driving = False
+    def __init__(
+        self,
+        leader: Leader | None,
+        keys: KeySource,
+        config: TeleopConfig | None = None,
+        pendant: Pendant | None = None,
+    ) -> None:
+        self.leader, self.keys, self.config, self.pendant = leader, keys, config or TeleopConfig(), pendant
+        self.driver: Literal["policy", "leader", "page"] = "policy"
         self.recording = False  # the person drives all the time: there is nobody to hand back to
         self.paused = False
         self._kept: frozenset[str] = frozenset()
@@ -253,6 +284,11 @@ class Teleop:
         self._ticks_held = np.zeros(5, int)  # by joint, for how long it has been kept from following
         self._offset = np.zeros(3)
         self._openings: tuple[list[float], list[float]] = ([0.0, 1.0], [0.0, 1.0])  # leader's -> follower's
+
+    @property
+    def driving(self) -> bool:
+        """Whether the person drives."""
+        return self.driver != "policy"
 
     def take_over(self, target: np.ndarray, opening: float, gripper_reach: tuple[float, float]) -> None:
         """The person drives the whole episode; the leader's pose now means the present target and opening.
@@ -265,7 +301,7 @@ class Teleop:
 
     def hand_back(self) -> None:
         """The policy drives from here; `follow` makes the leader track again."""
-        self.driving = self.recording = self._caught_up = False
+        self.driver, self.recording, self._caught_up = "policy", False, False
         self._ticks_held[:] = 0
 
     def place_object(self, clock: Clock, seconds: float, look: Callable[[], object]) -> frozenset[str]:
@@ -297,7 +333,7 @@ class Teleop:
 
     def quits(self) -> bool:
         """Whether the key to quit was pressed since the last look at the keys, which it does not replace."""
-        return "quit" in self._kept or self.keys.quits()
+        return "quit" in self._kept or self.keys.quits() or (self.pendant is not None and self.pendant.quits())
 
     def poll(
         self,
@@ -306,21 +342,33 @@ class Teleop:
         gripper_reach: tuple[float, float],
         to_action: Callable[[np.ndarray, float], np.ndarray],
     ) -> HumanInput:
-        """Keys, and while the person drives the action that brings target and opening to the leader's.
+        """Keys, and while the person drives the action: the page's, or what brings target and opening to the leader's.
 
         `to_action(displacement (3,) in m, opening change)` scales to action units; what exceeds one
         tick's reach stays as the distance that the next ticks close, so fast motion is not lost.
         """
         events = self._pressed()
+        hand = None if self.pendant is None else self.pendant.hand()
         keyed = "intervene" in events and not self.recording
-        pushed = self.config.takeover != "key" and self._ticks_held.max() >= self.config.push_ticks
-        if self.driving and keyed:
+        moved = self._ticks_held.max() >= self.config.push_ticks or (hand is not None and hand.any())
+        if self.recording and self.leader and (self.driver == "page") != (hand is not None):
+            self._drive(target, opening, gripper_reach)  # from the leader to the page, or back
+        elif self.driving and keyed:
             self.hand_back()
             self.hear(POLICY_DRIVES)
-        elif not self.driving and self.leader and (pushed or (keyed and self.config.takeover != "motion")):
+        elif not self.driving and (
+            (moved and self.config.takeover != "key") or (keyed and self.config.takeover != "motion")
+        ):
             self._drive(target, opening, gripper_reach)
-            self.hear(YOU_DRIVE)
-        if not self.driving or self.leader is None:
+            if self.driving:
+                self.hear(YOU_DRIVE)
+        if self.driver == "page" and self.pendant is not None and self.pendant.lost():
+            self.paused = True
+            self.hear(LOST)
+            events |= {"redo"}
+        if self.driver == "page":
+            return HumanInput(np.zeros(4) if hand is None else hand, events)
+        if self.leader is None or not self.driving:
             return HumanInput(None, events)
         tool, leader_opening = self.leader.pose()
         displacement = tool + self._offset - target
@@ -332,7 +380,7 @@ class Teleop:
 
         After a hand-back it feels nothing until the leader has caught up: the hand may not have let go yet.
         """
-        if self.leader is None or self.driving:
+        if self.leader is None or self.driver == "leader":
             return
         off, stays = self.leader.follow(position)
         self._caught_up = self._caught_up or bool(off.max() < self.config.push)
@@ -355,6 +403,8 @@ class Teleop:
     def hear(self, cue: Cue) -> None:
         """Tell the person one of the cues."""
         self.keys.hear(cue)
+        if self.pendant is not None:
+            self.pendant.hear(cue)
 
     def drop(self, error: EpisodeAborted, before: int) -> int:
         """Tell why an episode was dropped, and count it with the ones `before` it; the third in a row is raised."""
@@ -372,6 +422,10 @@ class Teleop:
             tell(f"releasing the leader: {error}")
 
     def _drive(self, target: np.ndarray, opening: float, gripper_reach: tuple[float, float]) -> None:
+        """From here on the leader drives; or the page, where there is somebody to, or nothing else to drive with."""
+        if self.pendant is not None and (self.leader is None or self.pendant.hand() is not None):
+            self.driver = "page"
+            return
         if self.leader is None:
             return
         self.leader.release()
@@ -379,12 +433,12 @@ class Teleop:
         self._offset = target - tool
         shut, wide = gripper_reach
         self._openings = ([0.0, min(max(leader_opening, 0.01), 0.99), 1.0], [shut, opening, wide])
-        self.driving = True
+        self.driver = "leader"
         self._ticks_held[:] = 0
 
     def _pressed(self) -> frozenset[str]:
         """The keys since the last look; the pause key acts here, whatever the program is doing."""
-        events = frozenset(self.keys.poll())
+        events = frozenset(self.keys.poll() + ([] if self.pendant is None else self.pendant.poll()))
         if "pause" in events:
             self.paused = not self.paused
             self.hear(PAUSED if self.paused else GOES_ON)

@@ -17,6 +17,7 @@ from so101.rig import RigConfig, describe_task, open_rig
 from so101.robot.teleop import DEMONSTRATE
 from so101.runlog import Progress
 from so101.schema import ACTION, OPENING, TOOL_XYZ, Preprocess, RewardSpec
+from so101.web.live_page import LivePage, live_page
 
 
 @dataclass
@@ -25,20 +26,25 @@ class Config:
 
     seconds: float = option(20.0, "for how long; q ends it earlier")
     seed: int = option(0, "seed of the simulated world and of the random start pose")
+    page: bool = option(False, "show it live in the browser, on this machine alone, and act from there")
+    page_port: int = option(0, "port of the page; 0: any that is free")
     rig: RigConfig = option(RigConfig(), "arms, cameras, person")
     env: EnvConfig = option(EnvConfig(), "the workspace and the timing")
     preprocess: Preprocess = option(Preprocess(), "as in a recording, so that a tick is as long as one of its own")
 
     def __post_init__(self) -> None:
         require_within(self, seconds=(1 / self.env.fps, 1_000_000), seed=(0, 2**31))
-        if self.rig.leader is None:
-            raise ConfigError("rig.leader: got null, driving by hand needs a leader arm")
+        if self.rig.leader is None and not self.page:
+            raise ConfigError("rig.leader: got null; drive with a leader arm, or from the page with page=true")
 
 
 def main(config: Config) -> None:
     """Drive until the time is up or the person quits."""
     describe_task(config.rig, config.env, config.preprocess)
-    with open_rig(config.rig, config.seed) as rig:
+    with (
+        live_page(config.page, config.page_port, "teleoperate") as page,
+        open_rig(config.rig, config.seed, page) as rig,
+    ):
         geometry = replace(config.env, control_time_s=config.seconds)
         env = rig.make_env(geometry, config.preprocess, RewardSpec(), config.seed, success_ends=False)
         rig.teleop.hear(DEMONSTRATE)
@@ -46,14 +52,14 @@ def main(config: Config) -> None:
         times = [observation.time]
         try:
             if "quit" not in pressed:
-                drive(env, times)
+                drive(env, times, page)
         finally:
             print(summary(np.diff(times), env.rate.overruns))
 
 
-def drive(env: Env, times: list[float]) -> None:
+def drive(env: Env, times: list[float], page: LivePage | None) -> None:
     """Step until the episode ends; adds the time of each observation to `times`."""
-    with Progress("teleoperate", env.config.max_steps, "tick") as progress:
+    with Progress("teleoperate", env.config.max_steps, "tick", page) as progress:
         while True:
             step = env.step(np.zeros(len(ACTION)))
             times.append(step.observation.time)

@@ -40,7 +40,7 @@ class Judge:
     @property
     def threshold(self) -> float:
         """A frame above it counts as success."""
-        return self._eyes.detector.threshold
+        return self._eyes.threshold
 
     def answers(self, episodes: list[Episode], recorded: dict[int, str], first: int, since: int) -> dict[str, Any]:
         """What was judged after the first `since` answers, and how many episodes wait; `first` is the next one.

@@ -11,7 +11,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 
 from so101.data.dataset import Dataset, Episode, open_dataset
@@ -19,7 +18,7 @@ from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path
 from so101.errors import DataError
 from so101.images import preprocess
 from so101.schema import Preprocess
-from so101.web.server import Answer, Request, Route, as_json, static
+from so101.web.server import Answer, Request, Route, as_jpeg, as_json, as_png, static
 
 if TYPE_CHECKING:
     from so101.web.judge import Judge  # importing it takes torch, 2 s that only a classifier is worth
@@ -115,11 +114,11 @@ class LabelPage:
 
     def frame(self, request: Request) -> Answer:
         """One frame as recorded, as JPEG."""
-        return _image(".jpg", self._pixels(request), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        return as_jpeg(self._pixels(request), JPEG_QUALITY)
 
     def view(self, request: Request) -> Answer:
         """One frame as the network sees it, pixel for pixel."""
-        return _image(".png", preprocess(self._pixels(request), self.spec), [])
+        return as_png(preprocess(self._pixels(request), self.spec))
 
     def curves(self, request: Request) -> Answer:
         """An episode's numbers over its rows: {name, entries: [{name, values}]} for each column that is no index."""
@@ -243,11 +242,6 @@ def _plain(values: np.ndarray) -> list[float | None]:
     return [
         None if not np.isfinite(value) else float(value if value.is_integer() else f"{value:.7g}") for value in values
     ]
-
-
-def _image(suffix: str, frame: np.ndarray, options: list[int]) -> Answer:
-    encoded = cv2.imencode(suffix, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), options)[1]
-    return Answer(encoded.tobytes(), {".jpg": "image/jpeg", ".png": "image/png"}[suffix])
 
 
 def _stamp(path: Path) -> str:

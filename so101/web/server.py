@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
+import cv2
+import numpy as np
+
 from so101.errors import ConfigError, DataError, UserError
 from so101.files import parse_json
 
@@ -64,12 +67,39 @@ class Answer(NamedTuple):
     kind: str
 
 
-Route = Callable[[Request], Answer]
+class Stream(NamedTuple):
+    """What a route gives back that goes on: parts as they come, until it ends or the browser goes away."""
+
+    parts: Iterator[bytes]
+    kind: str
+
+
+Route = Callable[[Request], Answer | Stream]
 
 
 def as_json(value: Any) -> Answer:
     """An answer of plain values, none of them NaN."""
     return Answer(json.dumps(value, allow_nan=False).encode(), "application/json")
+
+
+def as_jpeg(rgb: np.ndarray, quality: int) -> Answer:
+    """A picture (H, W, 3) uint8 RGB."""
+    return _encoded(".jpg", rgb, [cv2.IMWRITE_JPEG_QUALITY, quality])
+
+
+def as_png(rgb: np.ndarray) -> Answer:
+    """The same without loss."""
+    return _encoded(".png", rgb, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+
+
+def _encoded(suffix: str, rgb: np.ndarray, options: list[int]) -> Answer:
+    content = cv2.imencode(suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)[1]
+    return Answer(content.tobytes(), {".jpg": "image/jpeg", ".png": "image/png"}[suffix])
+
+
+def to_json(values: Any) -> bytes:
+    """JSON, with numpy's arrays and numbers as plain ones of 4 decimals."""
+    return json.dumps(values, allow_nan=False, default=lambda value: np.round(value, 4).tolist()).encode()
 
 
 def static(name: str) -> Route:
@@ -105,7 +135,25 @@ class Server(ThreadingHTTPServer):
 
         Raises ConfigError where it should be opened and the home folder cannot be written.
         """
-        print(f"{self.address}\nCtrl-C ends it", flush=True)
+        with self.shown(open_browser):
+            print("Ctrl-C ends it", flush=True)
+            self.serve_forever()
+
+    @contextmanager
+    def beside(self, open_browser: bool) -> Iterator[None]:
+        """The same in a thread, while the program does something else."""
+        with self.shown(open_browser):
+            thread = threading.Thread(target=self.serve_forever, name="page", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                self.shutdown()
+
+    @contextmanager
+    def shown(self, open_browser: bool) -> Iterator[None]:
+        """Say where the page is, and open it where that is wanted and there is a screen to open it on."""
+        print(self.address, flush=True)
         remote = os.environ.get("SSH_CONNECTION", "").split()
         if len(remote) == 4:
             port = self.server_port
@@ -114,9 +162,9 @@ class Server(ThreadingHTTPServer):
         elif open_browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)):
             with _doorway(self.address) as doorway:
                 threading.Thread(target=webbrowser.open, args=(doorway.as_uri(),), daemon=True).start()
-                self.serve_forever()
+                yield
                 return
-        self.serve_forever()
+        yield
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away in the midst of an answer is no error."""
@@ -181,6 +229,9 @@ class _Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             status, answer = 500, as_json({"error": f"a bug, see the terminal: {type(error).__name__}: {error}"})
         self.send_response(status)
+        if isinstance(answer, Stream):
+            self._stream(answer, headers)
+            return
         content = answer.content
         if (
             len(content) > LARGE_BYTES
@@ -194,7 +245,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def _route(self, method: str) -> Answer:
+    def _stream(self, answer: Stream, headers: dict[str, str]) -> None:
+        """Its length is not known, so the end of the connection is its end."""
+        for name, value in (headers | {"Content-Type": answer.kind, "Connection": "close"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        for part in answer.parts:
+            self.wfile.write(part)
+            self.wfile.flush()
+
+    def _route(self, method: str) -> Answer | Stream:
         host, server = self.headers.get("Host", ""), self.server
         if host not in server.hosts:
             raise _Refused(403, f"Host {host!r} is not this server; through a tunnel both ends need the same port")
