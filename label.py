@@ -45,7 +45,7 @@ class Config:
     preprocess: Preprocess | None = option(
         None, "the crop that is drawn and the network's image, in the dataset's own place; null: its own, or the usual"
     )
-    port: int = option(0, "port of the page on 127.0.0.1; 0: a free one")
+    page_port: int = option(0, "port of the page; 0: any that is free")
     open: bool = option(True, "open the page in a browser, where there is a screen")
     list: bool = option(False, "print the table of labels, and no page")
     set: str | None = option(
@@ -62,7 +62,7 @@ class Config:
     cropped: bool = option(False, "extract: cropped and resized as for the network")
 
     def __post_init__(self) -> None:
-        require_within(self, every=(1, 1_000_000), port=(0, 65_535))
+        require_within(self, every=(1, 1_000_000), page_port=(0, 65_535))
         asked = [name for name in ("view", "list", "set", "import_", "extract") if getattr(self, name)]
         if len(asked) > 1:
             raise ConfigError(f"got {' and '.join(asked).replace('_', '')}; do one after the other")
@@ -90,7 +90,7 @@ def serve(config: Config, dataset: Dataset) -> None:
 
         judge = Judge(Path(config.reward_model), dataset)
     page = LabelPage(dataset, network_image(config, dataset), judge, read_only)
-    with Server(page.routes(), config.port) as server:
+    with Server(page.routes(), config.page_port) as server:
         print(f"{dataset.folder}: {len(dataset.episodes)} episodes; {read_only or f'labels in {page.labels_file}'}")
         server.run(config.open)
 

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -313,9 +314,12 @@ def describe_type(hint: Any) -> str:
 def help_text(cls: Any, description: str) -> str:
     """What `--help` prints: each field with its dotted name, meaning, type and default, in 100 columns."""
     alone = [f"[{field.name.upper()}] " for field in dataclasses.fields(cls) if field.metadata.get("positional")]
-    lines = [f"usage: {Path(sys.argv[0]).name} {''.join(alone)}[--config FILE] [key=value ...]", ""]
-    for line in description.strip().splitlines():  # line by line: a docstring shows its examples so
-        lines += textwrap.wrap(line, HELP_COLUMNS) or [""]
+    program = Path(sys.argv[0])
+    called = f"-m so101.tools.{program.stem}" if program.parent.name == "tools" else program.name
+    lines = [f"usage: python {called} {''.join(alone)}[--config FILE] [key=value ...]", ""]
+    for example, part in groupby(description.strip().splitlines(), lambda line: line[:1] in ("", " ")):
+        rows = list(part)
+        lines += rows if example else textwrap.wrap(" ".join(rows), HELP_COLUMNS)
     lines.append("")
     usage = (
         "Settings come from their defaults, then a JSON file (--config), then key=value. In a file, a string "

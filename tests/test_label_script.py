@@ -201,8 +201,8 @@ def test_the_page_starts_says_how_to_reach_it_and_ends_with_ctrl_c(folder: Path)
     lines = [process.stdout.readline().rstrip() for _ in range(4)]
     assert lines[0] == f"{folder}: 3 episodes; labels in {folder}.labels.json"
     port, token = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/([\w-]{32})/", lines[1]).groups()  # type: ignore[union-attr]
-    assert lines[3].startswith(f"from your own machine, first: ssh -N -L {port}:127.0.0.1:{port} ")
-    assert lines[3].endswith("@192.0.2.9 -p 2222")
+    assert lines[2].startswith(f"from your own machine, first: ssh -N -L {port}:127.0.0.1:{port} ")
+    assert lines[2].endswith("@192.0.2.9 -p 2222") and lines[3] == "Ctrl-C ends it"
     wire = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
     wire.request("GET", f"/{token}/")
     assert b"<!doctype html>" in wire.getresponse().read()

@@ -1,8 +1,9 @@
-"""Makes the workspace box by waving the leader through all the space that the tool may use.
+"""Make the workspace box by waving the leader through all the space that the tool may use.
 
-`python -m so101.tools.bounds leader=configs/leader.json output=bounds.json`, then env=bounds.json
-on a script's command line, or "include": "bounds.json" in a config's env. It needs the real leader:
-nobody waves a simulated one.
+    python -m so101.tools.bounds leader=configs/leader.json output=bounds.json
+
+Then env=bounds.json on a script's command line, or "include": "bounds.json" in a config's env. It needs the real
+leader: nobody waves a simulated one.
 """
 
 import json

@@ -1,8 +1,11 @@
-"""Finds out what an arm's ticks mean: move every joint from stop to stop, and it is written down.
+"""Find out what an arm's ticks mean: move every joint from stop to stop, and it is written down.
 
-`python -m so101.tools.calibrate port=/dev/ttyACM0 output=calibrations/my_follower.json` sweeps.
-`file=` takes a calibration, ours or LeRobot's, instead: it is compared with the servos (port=),
-written to them (write=true) or converted (output=, export=); test=ruler and test=mirror test it.
+    python -m so101.tools.calibrate port=/dev/ttyACM0 output=calibrations/follower.json      sweep the joints
+    python -m so101.tools.calibrate file=calibrations/follower.json port=/dev/ttyACM0        do the servos agree?
+    python -m so101.tools.calibrate file=calibrations/follower.json port=/dev/ttyACM0 test=ruler
+
+file= takes a calibration, ours or LeRobot's: it is compared with the servos (port=), written to them (write=true) or
+converted (output=, export=); test=ruler and test=mirror test it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Lists the cameras of this machine, or shows what one of them sees and what the network will see of it.
+"""List the cameras of this machine, or show what one of them sees and what the network will see of it.
 
     python -m so101.tools.camera                                 what is there
     python -m so101.tools.camera source=0 preprocess.crop=[0,80,480,480]

@@ -1,6 +1,8 @@
-"""Checks this machine and the arms, cameras and data that it is to work with; changes nothing, moves nothing.
+"""Check this machine and the arms, cameras and data that it is to work with; change nothing, move nothing.
 
-`python -m so101.tools.doctor rig=configs/rig.json dataset=outputs/demos`, with `--json` for a program to read.
+    python -m so101.tools.doctor rig=configs/rig.json dataset=outputs/demos
+    python -m so101.tools.doctor --json                          for a program to read
+
 Each line is good, warning or bad, and says which command comes next. With no arguments the rig is the simulated one.
 """
 

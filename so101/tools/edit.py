@@ -1,4 +1,4 @@
-"""Makes new datasets out of recorded ones. What is there is never changed, and no folder is written over.
+"""Make new datasets out of recorded ones. What is there is never changed, and no folder is written over.
 
     python -m so101.tools.edit merge NEW SOURCE SOURCE ...      several into one
     python -m so101.tools.edit filter NEW SOURCE ...            those episodes that are wanted

@@ -1,8 +1,8 @@
-"""Moves the arm slowly to a pose, shows where it got to, and brings it back to rest.
+"""Move the arm slowly to a pose, show where it got to, and bring it back to rest.
 
-python -m so101.tools.goto                                     the simulated arm, to home
-python -m so101.tools.goto rig=configs/rig.json pose=rest
-python -m so101.tools.goto "pose=[0,-0.5,0.6,1.2,1.57,0.5]"    five joints in rad, and the opening
+    python -m so101.tools.goto                                     the simulated arm, to home
+    python -m so101.tools.goto rig=configs/rig.json pose=rest
+    python -m so101.tools.goto "pose=[0,-0.5,0.6,1.2,1.57,0.5]"    five joints in rad, and the opening
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Says what is wrong with a dataset, where, and what to do: before labelling, before training, after editing.
+"""Say what is wrong with a dataset, where, and what to do: before labelling, before training, after editing.
 
     python -m so101.tools.lint outputs/lift_demos
     python -m so101.tools.lint outputs/lift_demos reward_model=outputs/lift_reward --json

@@ -1,6 +1,8 @@
-"""Switches the torque of an arm off, servo by servo, whatever state a program left it in.
+"""Switch the torque of an arm off, servo by servo, whatever state a program left it in.
 
-`python -m so101.tools.release port=/dev/serial/by-id/...`. Needs no calibration. Support the arm: it goes limp.
+    python -m so101.tools.release port=/dev/serial/by-id/...
+
+It needs no calibration. Support the arm: it goes limp.
 """
 
 import time

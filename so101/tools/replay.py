@@ -1,7 +1,7 @@
 """Replay a recorded episode: its stored actions, one a tick, through the control step and limits of every script.
 
-python -m so101.tools.replay outputs/lift_demos 3                      the simulated arm
-python -m so101.tools.replay DATASET EPISODE rig=configs/rig.json env=configs/grasp_only.json
+    python -m so101.tools.replay outputs/lift_demos 3                      the simulated arm
+    python -m so101.tools.replay DATASET EPISODE rig=configs/rig.json env=configs/grasp_only.json
 
 The arm lifts, goes slowly to where the recording starts, and then does what was commanded; the leader is not used.
 At the end it says how far the tool was from the recorded one. q or Ctrl-C ends it and leaves the arm safe.

@@ -1,7 +1,9 @@
-"""Gives the motors of a new arm their ids, one at a time, and then checks the whole chain.
+"""Give the motors of a new arm their ids, one at a time, and then check the whole chain.
 
-`python -m so101.tools.setup port=/dev/serial/by-id/... arm=follower`. It asks for one motor after the other, from
-the gripper's to the shoulder's: connect each alone to the board, with its power on, and press Enter.
+    python -m so101.tools.setup port=/dev/serial/by-id/... arm=follower
+
+It asks for one motor after the other, from the gripper's to the shoulder's: connect each alone to the board, with its
+power on, and press Enter.
 """
 
 import sys
