@@ -1,89 +1,136 @@
-"""Run a trained policy without learning and say how often it succeeds.
+"""Run a trained policy without learning and say how often it succeeds; or two, from the same starts.
 
     python infer.py                                    the last checkpoint of outputs/lift_sac, 50 episodes
-    python infer.py run=outputs/cube checkpoint=001500 episodes=20 video=outputs/cube.mp4
+    python infer.py starts=home episodes=5             as the table without random reset; starts=random: with it
+    python infer.py starts=grid grid=[5,5] video=true  an even grid over the random range, once each
+    python infer.py checkpoint=best against=000500 starts=grid     two checkpoints, in turns from each start
+    python infer.py run=outputs/cube against=outputs/lift_sac:last starts=my_starts.json
 
-Everything that the policy was trained with (rig, geometry, preprocessing, reward) comes from its run
-folder. In the simulation the world judges success; the classifier's verdict is the return beside it.
+Everything that the policy was trained with (rig, geometry, preprocessing, reward) comes from its run folder. Success
+is judged by the simulated world, by the classifier, and by a person's keys s and f, in the episode or while the arm
+resets after it; all three are shown. What comes of it is a new folder in the run's `evaluations`: eval.json, eval.csv,
+report.html and video.mp4, where each episode is from the moment it ends.
 """
 
 import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 
 # isort: split
-import itertools
-import json
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from so101.config import from_dict, launch, option, require_within
-from so101.data.video import VideoWriter
-from so101.env import Env, EnvConfig
+from so101.config import from_dict, launch, option, require_within, to_dict
+from so101.env import Env, EnvConfig, Observation, Step
 from so101.errors import ConfigError, DataError, EpisodeAborted
-from so101.files import read_json, write_atomic
+from so101.evaluation import (
+    LAST_WORD,
+    TAKEN_OVER,
+    VERDICT_S,
+    Contestant,
+    Evaluation,
+    Judges,
+    Result,
+    begin,
+    newest,
+)  # fmt: skip
+from so101.files import read_json
+from so101.film import Film
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
 from so101.learn.eyes import Eyes
 from so101.learn.networks import Policy
 from so101.learn.resnet10 import STRIDE
 from so101.learn.sac import Sac, SacConfig
+from so101.reports.evaluation import write_evaluation_report
 from so101.rig import Rig, RigConfig, describe_task, open_rig
-from so101.robot.teleop import EVALUATION, POLICY_STARTS
-from so101.runlog import Progress, table, wilson_interval
-from so101.schema import Preprocess, RewardSpec
+from so101.robot.teleop import DROPPED, EVALUATION, POLICY_STARTS
+from so101.runlog import Progress
+from so101.schema import TOOL_XYZ, Preprocess, RewardSpec
+from so101.starts import KINDS, PLACE_AT, Start, make_starts, where
 from so101.web.live_page import live_page
+
+FREE = ("reset_time_s", "random_ee_reset", "random_ee_range_xy", "random_ee_range_z")  # of two runs' env
 
 
 @dataclass
 class Config:
-    """Evaluating a policy."""
+    """Evaluating a policy, or two."""
 
     run: str = option("outputs/lift_sac", "run folder of train_sac.py")
     checkpoint: str = option("last", "last, best, or a checkpoint's number: the name of its folder")
-    episodes: int = option(50, "episodes to run")
-    seed: int = option(10_000, "seed of the fresh scenes; training used others")
+    against: str | None = option(
+        None, "a checkpoint to compare with on the same starts, in turns; of another run: its folder, a colon, its name"
+    )
+    starts: str = option(
+        "trained", "where episodes start: trained (as in training), random (offsets of home), home, grid (over the "
+        "random range), or a JSON file that lists tool positions, [[x, y, z], ...] in metres",
+    )  # fmt: skip
+    grid: list[int] = option([3, 3], "for starts=grid: places along x and y, and z")
+    episodes: int | None = option(
+        None, "episodes of each policy; null: 50, or each start of a grid or list once; more repeat them in new scenes"
+    )
+    seed: int = option(10_000, "seed of the starts and their scenes, the same for every policy; training used others")
     std_scale: float = option(0.0, "share of the policy's spread to act with; 0: its mean action, 1: as in training")
-    video: str | None = option(None, "mp4 file to write, of what the networks see; must not exist")
-    output: str | None = option(None, "folder for eval.json; null: the run folder")
+    video: bool = option(False, "make video.mp4: every camera, the action, who drives, what the judges say")
+    output: str | None = option(None, "folder to make for the results; null: the next number in the run's evaluations")
+    resume: bool = option(False, "go on with the newest evaluation (or the one in output), which was cut short")
     page: bool = option(False, "show it live in the browser, on this machine alone, and act from there")
     page_port: int = option(0, "port of the page; 0: any that is free")
 
     def __post_init__(self) -> None:
-        require_within(self, episodes=(1, 1_000_000), seed=(0, 2**31), std_scale=(0, 1))
+        require_within(self, seed=(0, 2**31), std_scale=(0, 1))
+        if self.episodes is not None:
+            require_within(self, episodes=(1, 1_000_000))
         if not self.run:
             raise ConfigError("run: got no name; give the run folder that train_sac.py made")
-        if self.video is not None and Path(self.video).suffix.lower() != ".mp4":
-            raise ConfigError(f"video: got {self.video!r}, needs a name that ends in .mp4, the only kind written here")
+        if self.starts not in KINDS and Path(self.starts).suffix != ".json":
+            raise ConfigError(f"starts: got {self.starts!r}, must be {', '.join(KINDS)} or a file that ends in .json")
+        if not 2 <= len(self.grid) <= 3 or min(self.grid) < 1:
+            raise ConfigError(f"grid: got {self.grid}, needs the places along x and y, [3, 3] say, or x, y and z")
 
 
 def main(config: Config) -> None:
     """Load what was trained, run it, print and store the result."""
+    began = time.time()
     run = Path(config.run)
-    if config.video is not None and Path(config.video).exists():
-        raise DataError(f"{config.video}: exists and is never overwritten; name another video")
     trained = Trained.of(run)
-    output = Path(config.output) if config.output else run
-    output.mkdir(parents=True, exist_ok=True)  # before the robot's time is spent
-    schema = describe_task(trained.rig, trained.env, trained.preprocess)
-    sac = trained.sac
-    eyes = Eyes(trained.encoder, run / "reward", schema, 0, 0, 0, "cpu", sac.n_obs_steps, sac.features)
-    policy = load_policy(run, config.checkpoint, sac, schema, eyes.trunk_hash)
-    with ExitStack() as stack:
-        video = None
-        if config.video is not None:
-            size = trained.preprocess.image_size
-            width = size * len(trained.rig.cameras)
-            video = stack.enter_context(closing(VideoWriter(Path(config.video), trained.env.fps, size, width)))
-        page = stack.enter_context(live_page(config.page, config.page_port, "infer"))
-        if page is not None:
-            page.judge = eyes
-        rig = stack.enter_context(open_rig(trained.rig, config.seed, page))
-        env = rig.make_env(trained.env, trained.preprocess, trained.reward, config.seed, rig.verdict or eyes)
-        episodes = evaluate(env, rig, policy, eyes, config.episodes, config.std_scale, video)
-    report(output, episodes, rig)
+    folder = None
+    if config.resume:
+        folder, evaluation, config = unfinished(config)
+    else:
+        evaluation = prepare(config, trained)
+    drivers: dict[str, Driver] = {}
+    for name, it in evaluation.policies.items():
+        drivers[name] = load_driver(run, trained, it, drivers.get("A"))
+    eyes = drivers["A"].eyes
+    folder = folder or begin(run, config.output)  # before the robot's time is spent
+    try:
+        with ExitStack() as stack:
+            page = stack.enter_context(live_page(config.page, config.page_port, "infer"))
+            if page is not None:
+                page.judge = eyes
+            rig = stack.enter_context(open_rig(trained.rig, config.seed, page, folder))
+            env = rig.make_env(trained.env, trained.preprocess, trained.reward, config.seed)
+            judges = Judges(eyes, rig.verdict)
+            film = Film(
+                folder, judges, eyes.threshold, trained.preprocess, trained.env.fps, trained.env.max_steps,
+                config.video, trained.rig.simulated,
+            )  # fmt: skip
+            stack.callback(lambda: film.close([evaluation.name(result) for result in evaluation.episodes]))
+            evaluate(env, rig, drivers, judges, evaluation, config.std_scale, lambda: evaluation.save(folder), film)
+    finally:  # also of one that was cut short
+        if evaluation.episodes:
+            evaluation.print()
+            write_evaluation_report(folder, Path(config.run), began, config, eyes.threshold)
+        else:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @dataclass
@@ -106,90 +153,204 @@ class Trained:
         needed = [field.name for field in fields(cls) if field.name in stored]
         return from_dict(cls, {name: stored[name] for name in needed}, str(path))
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What its networks were trained on."""
+        return describe_task(self.rig, self.env, self.preprocess)
 
-def load_policy(run: Path, name: str, sac: SacConfig, schema: dict, trunk_hash: str) -> Policy:
-    """The policy of a run's checkpoint, by number, `last` or `best`."""
+
+class Driver(NamedTuple):
+    """A policy, and the eyes that it was trained with."""
+
+    policy: Policy
+    eyes: Eyes
+
+
+def prepare(config: Config, trained: Trained) -> Evaluation:
+    """What is to be run: which policies, from where."""
+    run = Path(config.run)
+    policies = {"A": contestant(run, config.checkpoint)}
+    if config.against is not None:
+        other, colon, name = config.against.rpartition(":")
+        policies["B"] = contestant(Path(other) if colon else run, name)
+    env = trained.env
+    starts = make_starts(config.starts, config.grid, config.episodes, config.seed, env, trained.rig.world)
+    headline = f"starts: {config.starts}"
+    if config.starts in ("trained", "random", "home"):
+        random = config.starts == "random" or (config.starts == "trained" and env.random_ee_reset)
+        headline = f"random_ee_reset: {'true' if random else 'false'}"
+    elif config.starts == "grid":
+        headline += " of " + " x ".join(map(str, config.grid))
+    return Evaluation(to_dict(config), policies, headline, starts)
+
+
+def unfinished(config: Config) -> tuple[Path, Evaluation, Config]:
+    """The evaluation that was cut short, with its folder, and the config that it was begun with."""
+    run = Path(config.run)
+    folder = Path(config.output) if config.output else newest(run)
+    if folder is None:
+        raise DataError(f"{run / 'evaluations'}: holds no evaluation to go on with; leave resume=true out")
+    evaluation = Evaluation.load(folder)
+    if evaluation.complete:
+        raise DataError(f"{folder}: is complete; leave resume=true out for a new evaluation")
+    begun = from_dict(Config, evaluation.config, str(folder / "eval.json"))
+    for name, it in evaluation.policies.items():
+        if it.run == begun.run:  # the run folder may have been moved since
+            evaluation.policies[name] = it = replace(it, run=config.run)
+        if contestant(Path(it.run), it.checkpoint) != it:
+            raise DataError(f"{folder}: {it.checkpoint} of {it.run} is not the checkpoint that it was begun with")
+    return folder, evaluation, replace(begun, run=config.run, page=config.page, page_port=config.page_port)
+
+
+def contestant(run: Path, name: str) -> Contestant:
+    """A checkpoint of a run, by number, `last` or `best`. Raises DataError where it is not there."""
     folder = find_checkpoint(run, name) if name in ("last", "best") else run / "checkpoints" / name.zfill(6)
     if not folder.exists():
         there = ", ".join(sorted(path.name for path in folder.parent.glob("[0-9]*")))
         raise DataError(f"{folder}: is not there; checkpoints of this run: {there or 'none'}, or last")
+    about = read_json(folder / "schema.json", DataError)
+    return Contestant(str(run), folder.name, about["step"], about["sha256"]["model.safetensors"])
+
+
+def load_driver(run: Path, trained: Trained, it: Contestant, first: Driver | None = None) -> Driver:
+    """A contestant's policy, of `run` like the `first`, or of another run that was trained on the same task."""
+    own = trained if Path(it.run) == run else Trained.of(Path(it.run))
+    here, there = to_dict(trained.env), to_dict(own.env)
+    named = [key for key in here if key not in FREE and there[key] != here[key]]
+    apart = [f"{key} {there[key]} there, {here[key]} here" for key in named]
+    if named:
+        raise ConfigError(f"against: {it.run} was trained with another env: {'; '.join(apart)}; compare on one task")
+    sac, schema = own.sac, trained.schema
+    eyes = first.eyes if first is not None and own is trained else None
+    eyes = eyes or Eyes(own.encoder, Path(it.run) / "reward", schema, 0, 0, 0, "cpu", sac.n_obs_steps, sac.features)
     agent = Sac(sac, len(schema["cameras"]), size=schema["image"]["image_size"] // STRIDE)
-    agent.load_tensors(load_checkpoint(folder, schema, trunk_hash).tensors)
-    return agent.policy.eval()
+    folder = Path(it.run) / "checkpoints" / it.checkpoint
+    agent.load_tensors(load_checkpoint(folder, schema, eyes.trunk_hash).tensors)
+    return Driver(agent.policy.eval(), eyes)
 
 
 def evaluate(
     env: Env,
     rig: Rig,
-    policy: Policy,
-    eyes: Eyes,
-    episodes: int,
-    std_scale: float,
-    video: VideoWriter | None = None,
-) -> list[dict[str, Any]]:
-    """Run episodes; each gives its steps, return (the classifier's, paid once) and success.
+    drivers: dict[str, Driver],
+    judges: Judges,
+    evaluation: Evaluation,
+    std_scale: float = 0.0,
+    keep: Callable[[], None] = lambda: None,
+    film: Film | None = None,
+) -> None:
+    """Run what is left of an evaluation; `keep` is called whenever an episode counts, or is judged otherwise.
 
-    One that is aborted, or dropped with a key, is run again. Success is the world's verdict where there is one,
-    else the classifier's or the person's.
+    One that is aborted, dropped with a key, or taken over by a person is run again. The keys of the reset after an
+    episode speak of it; after the last one the arm holds for a while, to hear them.
     """
-    generator = torch.Generator().manual_seed(0)
-    results: list[dict[str, Any]] = []
-    aborts = 0  # since an episode was finished
-    with Progress("evaluate", episodes, "episode", rig.page) as progress:
-        while len(results) < episodes:
-            rig.teleop.hear(EVALUATION)
+    env.detector = judges
+    turns, done = evaluation.turns(), evaluation.episodes
+    fresh, quits, aborts = False, False, 0  # fresh: keys still speak of the last episode
+    with Progress("evaluate", len(turns), "episode", rig.page) as progress:
+        while not quits and (fresh or len(done) < len(turns)):
+            over = len(done) == len(turns)
             try:
-                observation, pressed = env.reset()
-                if "quit" in pressed:
-                    break
+                if over:
+                    pressed = last_word(env)
+                else:
+                    name, start = turns[len(done)]
+                    rig.start_over(start.seed)
+                    rig.teleop.hear(EVALUATION)
+                    if rig.verdict is None:
+                        rig.teleop.hear(PLACE_AT.about(where(start, len(evaluation.starts))))
+                    observation, pressed = env.reset(start=np.array(start.tool))
+                corrected = fresh and evaluation.correct(pressed)
+                fresh, quits = False, "quit" in pressed
+                if corrected:
+                    keep()
+                if over or quits or (corrected and "redo" in pressed):
+                    continue
+                if film is not None:
+                    film.begin(f"episode {start.number} of {len(evaluation.starts)}", evaluation.title(name))
+                first, object_at = observation, placed(rig, start)
                 rig.teleop.hear(POLICY_STARTS)
-                eyes.reset()
-                steps, rewarded, done = 0, False, False
-                while not done:
-                    step = env.step(policy.act(eyes.look(observation), observation.state, std_scale, generator))
-                    observation = step.observation
-                    if video is not None:
-                        video.add(np.concatenate(list(observation.images), axis=1))
-                    # Where the classifier is the environment's own judge it has counted this observation already.
-                    rewarded = rewarded or (step.success if env.detector is eyes else eyes.update(observation))
-                    steps += 1
-                    done = step.terminated or step.truncated or bool(step.events & {"end", "redo", "quit"})
+                step, helped = drive(env, drivers[name], observation, start.seed, std_scale, film)
+                if "quit" in step.events:  # what was cut off is no failure of the policy
+                    break
+                if helped:
+                    rig.teleop.hear(DROPPED.about(TAKEN_OVER))
+                if helped or "redo" in step.events:
+                    evaluation.repeat("taken over" if helped else "dropped by the person")
+                    continue
+                result = judge(name, start.number, first, object_at, step, judges, env.reward)
+                if film is not None:
+                    film.keep(evaluation.name(result), "SUCCESS" if result.success else "FAIL", result.success)
             except EpisodeAborted as error:
                 aborts = rig.teleop.drop(error, aborts)
+                evaluation.repeat("aborted")
                 continue
-            aborts = 0
-            if "quit" in step.events:  # what was cut off is no failure of the policy
-                break
-            if "redo" in step.events:
-                continue
-            paid = env.reward.of(rewarded) + (steps - 1) * env.reward.of(False)
-            results.append({"steps": steps, "return": paid, "paid": rewarded, "success": step.success})
-            progress.update(len(results), success=f"{sum(r['success'] for r in results)}/{len(results)}")
-    return results
+            done.append(result)
+            fresh, aborts = True, 0
+            keep()
+            wins = {other: [one.success for one in done if one.policy == other] for other in drivers}
+            told = {other if len(wins) > 1 else "success": f"{sum(won)}/{len(won)}" for other, won in wins.items()}
+            progress.update(len(done), **told)
 
 
-def report(folder: Path, episodes: list[dict[str, Any]], rig: Rig) -> None:
-    """Print the table and the rate with its 95 % Wilson interval; write eval.json."""
-    if not episodes:
-        return
-    succeeded = sum(e["success"] for e in episodes)
-    low, high = wilson_interval(succeeded, len(episodes))
-    rows = [[i + 1, e["steps"], f"{e['return']:.2f}", "yes" if e["success"] else "no"] for i, e in enumerate(episodes)]
-    print(table(["episode", "steps", "return", "success"], rows))
-    judge = "the classifier" if rig.verdict is None else "the world"
-    print(
-        f"success {succeeded} of {len(episodes)} = {succeeded / len(episodes):.0%} "
-        f"(95 % interval {low:.0%} .. {high:.0%}), judged by {judge}; "
-        f"{np.mean([e['steps'] for e in episodes]):.1f} steps an episode; "
-        f"the classifier paid in {sum(e['paid'] for e in episodes)}"
-    )
-    summary = {"success_rate": succeeded / len(episodes), "interval": [low, high], "judge": judge, "episodes": episodes}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "eval.json"
-    if path.exists():  # an earlier evaluation is kept
-        number = next(n for n in itertools.count(1) if not (folder / f"eval-{n}.json").exists())
-        path.rename(folder / f"eval-{number}.json")
-    write_atomic(path, json.dumps(summary, indent=2) + "\n")
+def drive(
+    env: Env, driver: Driver, observation: Observation, seed: int, std_scale: float, film: Film | None
+) -> tuple[Step, bool]:  # fmt: skip
+    """Let a policy drive to the end of an episode; its last step, and whether a person drove, too."""
+    noise = torch.Generator().manual_seed(seed)
+    driver.eyes.reset()
+    if film is not None:
+        film.add(observation, None, env.teleop.driver)
+    helped, ended = False, False
+    while not ended:
+        action = driver.policy.act(driver.eyes.look(observation), observation.state, std_scale, noise)
+        step = env.step(action)
+        observation = step.observation
+        if film is not None:
+            film.add(observation, step, env.teleop.driver)
+        helped = helped or step.by_human
+        ended = step.terminated or step.truncated or bool(step.events & {"end", "redo", "quit"})
+    return step, helped
+
+
+def judge(
+    policy: str, start: int, first: Observation, object_at: list[float], step: Step, judges: Judges, reward: RewardSpec
+) -> Result:  # fmt: skip
+    """What came of an episode from its `first` observation to its last `step`."""
+    person = False if "failure" in step.events else True if "success" in step.events else None
+    world, classifier = judges.world_at, judges.classifier_at
+    ended = "time out" if step.truncated else "the end key"
+    if person is not None:
+        ended = f"the {'success' if person else 'failure'} key"
+    elif step.terminated or world is not None:
+        ended = "success"
+    steps = world or judges.steps
+    result = Result(
+        policy=policy, start=start, tool=[float(x) for x in first.state[TOOL_XYZ]], object=object_at, steps=steps,
+        reward=reward.of(classifier is not None) + (steps - 1) * reward.of(False), success=False,
+        world=None if judges.world is None else world is not None, classifier=classifier is not None, person=person,
+        ended=ended, seconds=round(step.observation.time - first.time, 3), time=round(time.time(), 3),
+        probability=list(judges.probability),
+    )  # fmt: skip
+    result.settle()
+    return result
+
+
+def last_word(env: Env) -> frozenset[str]:
+    """Hold the arm for a while after the last episode, as no reset follows it; the keys pressed."""
+    seconds = max(VERDICT_S, env.config.reset_time_s)
+    env.teleop.hear(LAST_WORD.about(f"{seconds:g}"))
+    until = env.clock.now() + seconds
+    return env.hold(lambda: env.clock.now() >= until)
+
+
+def placed(rig: Rig, start: Start) -> list[float]:
+    """Where the object is: x y in m, yaw in rad; on a real arm where a person was asked to place it."""
+    if rig.verdict is None:
+        return start.object
+    world = rig.verdict.world
+    x_axis = world.cube_rotation[:, 0]
+    return [float(world.cube_position[0]), float(world.cube_position[1]), math.atan2(x_axis[1], x_axis[0])]
 
 
 if __name__ == "__main__":

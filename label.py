@@ -13,6 +13,7 @@ beside the dataset, which itself is never changed. Over SSH the page prints the 
 """
 
 import re
+import time
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from so101.data.lock import alone_in
 from so101.errors import ConfigError, DataError
 from so101.files import new_folder
 from so101.images import preprocess
+from so101.reports.dataset import write_dataset_report
 from so101.runlog import Progress
 from so101.schema import Preprocess
 from so101.web.label_page import WANTED_NEGATIVE, WANTED_POSITIVE, LabelPage, why_read_only
@@ -81,7 +83,7 @@ def main(config: Config) -> None:
 
 def serve(config: Config, dataset: Dataset) -> None:
     """The page, until Ctrl-C."""
-    read_only = why_read_only(dataset.folder, config.view)
+    began, read_only = time.time(), why_read_only(dataset.folder, config.view)
     if not read_only:
         load_labels(dataset.folder, dataset.observations)  # a file that is damaged, or another dataset's, ends here
     judge = None
@@ -90,9 +92,14 @@ def serve(config: Config, dataset: Dataset) -> None:
 
         judge = Judge(Path(config.reward_model), dataset)
     page = LabelPage(dataset, network_image(config, dataset), judge, read_only)
-    with Server(page.routes(), config.page_port) as server:
-        print(f"{dataset.folder}: {len(dataset.episodes)} episodes; {read_only or f'labels in {page.labels_file}'}")
-        server.run(config.open)
+    try:
+        with Server(page.routes(), config.page_port) as server:
+            print(f"{dataset.folder}: {len(dataset.episodes)} episodes; {read_only or f'labels in {page.labels_file}'}")
+            server.run(config.open)
+    except KeyboardInterrupt:  # how it ends
+        if not read_only:
+            write_dataset_report(dataset.folder, "label.py", began, config)
+        raise
 
 
 def network_image(config: Config, dataset: Dataset) -> Preprocess:

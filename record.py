@@ -11,6 +11,7 @@ To keep it, do nothing; r drops the take in progress, or during the reset leaves
 recorded again; p makes the next episode wait.
 """
 
+import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from so101.data.video import CODEC_HELP, Codec, require_codec
 from so101.data.writer import DatasetWriter
 from so101.env import Env, EnvConfig, Observation
 from so101.errors import ConfigError, DataError, EpisodeAborted
+from so101.reports.dataset import write_dataset_report
 from so101.rig import RigConfig, describe_task, open_rig
 from so101.robot.sound import Cue
 from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE, RECORDING
@@ -89,9 +91,15 @@ def config_path(folder: Path) -> Path:
     return labels.with_name(labels.name.replace(".labels.json", ".record.json"))
 
 
+def flights_path(folder: Path) -> Path:
+    """Where the flight records of a recording lie, beside its dataset."""
+    labels = labels_path(folder)
+    return labels.with_name(labels.name.replace(".labels.json", ".flight"))
+
+
 def main(config: Config) -> None:
     """Record until the dataset holds `config.episodes` episodes."""
-    folder = Path(config.dataset)
+    began, folder = time.time(), Path(config.dataset)
     there = open_dataset(folder).observations if folder.exists() else []
     had = len(there)
     if had and not config.resume:
@@ -105,7 +113,7 @@ def main(config: Config) -> None:
     schema = describe_task(config.rig, config.env, config.preprocess)
     with ExitStack() as stack:
         page = stack.enter_context(live_page(config.page, config.page_port, "record"))
-        rig = stack.enter_context(open_rig(config.rig, seed, page))
+        rig = stack.enter_context(open_rig(config.rig, seed, page, flights_path(folder)))
         env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)
         folder.parent.mkdir(parents=True, exist_ok=True)
         writer = DatasetWriter(
@@ -117,6 +125,7 @@ def main(config: Config) -> None:
         labels = label_the_last(folder, labels)
         linter = Linter(open_dataset(folder), replace(ROBOT, locked=tuple(config.env.locked_joints)))
         progress = stack.enter_context(Progress("record", config.episodes, "episode", page))
+        findings: list[Finding] = []
         kept, aborts = False, 0  # whether the last episode is on disk; how many failed since one was
         while (number := writer.episodes - left_out) < config.episodes:
             failing = is_failure(number, config)
@@ -141,12 +150,15 @@ def main(config: Config) -> None:
             if kept:
                 label = label or (EpisodeLabel(all_fail=True) if failing else None)
                 labels = label_episode(folder, writer.episodes - 1, label)
-                if any(found.severity == "error" for found in lint_the_last(linter, folder, label, pictures)):
+                findings += (new := lint_the_last(linter, folder, label, pictures))
+                if any(found.severity == "error" for found in new):
                     rig.teleop.hear(FAULTY.about(writer.episodes - 1))
             if quits:
                 break
             successes = sum(not (label.all_fail or label.skip) for label in labels.episodes.values())
             progress.update(writer.episodes - left_out, success=successes)
+    if writer.episodes:
+        write_dataset_report(folder, "record.py", began, config, findings)
     print(f"{folder}: {writer.episodes} episodes" + (f"; labels in {labels_path(folder)}" if writer.episodes else ""))
     if env.rate.overruns:
         print(f"{env.rate.overruns} ticks came late; `python -m so101.tools.doctor` looks for the cause")

@@ -2,11 +2,13 @@
 
     python train_reward.py
     python train_reward.py dataset=outputs/cube output=outputs/cube_reward reward=configs/reward_v2.json
+    python train_reward.py corrections=outputs/lift_reward.corrections output=outputs/lift_reward_2
     python train_reward.py --evaluate outputs/other_light      judge the classifier on another dataset instead
 
 The trunk is frozen, everything above it is trained. The folder gets model.safetensors, reward.json (with
 threshold, guard, schema and where the data came from) and report.html: the classifier of the lowest loss on
-held-out episodes. The one of the last step is in final/, a classifier like any other.
+held-out episodes. The one of the last step is in final/, a classifier like any other. Corrections are the frames that
+a person marked as wrong in `python -m so101.tools.preview`: they are trained on beside the dataset's own.
 """
 
 import so101  # noqa: F401  (before torch: it says how OpenMP waits)
@@ -24,14 +26,15 @@ import torch
 
 from so101.config import launch, option, to_dict
 from so101.data.dataset import open_dataset
-from so101.data.labels import labels_path, load_labels
-from so101.episodes import load_labelled
+from so101.data.labels import Labels, labels_path, load_labels
+from so101.episodes import Labelled, load_labelled
 from so101.errors import ConfigError, DataError
 from so101.files import new_folder
 from so101.learn.resnet10 import load_resnet10, trunk_hash
 from so101.learn.reward import RewardConfig, load_reward, read_reward_file, save_reward
 from so101.learn.reward_training import encode_views, judge_frames, train_classifier, training_frames
-from so101.plots import curve, html_table, image_tag, write_report
+from so101.reports.head import head
+from so101.reports.reward import compared, judged, trained, write_reward_report
 from so101.runlog import Progress, table
 from so101.schema import STATE, UNITS, Preprocess, require_same
 from so101.tools.lint import require_clean
@@ -45,7 +48,8 @@ class Config:
     output: str = option("outputs/lift_reward", "folder of the classifier; must not exist, unless it is evaluated")
     evaluate: str | None = option(None, "judge the classifier in `output` on this dataset with labels; trains nothing")
     report: str | None = option(None, "evaluate: new folder for report.html and evaluation.json; null: only print")
-    encoder: str | None = option(None, "ResNet10 weight file (.safetensors); null: a seeded random start")
+    corrections: str | None = option(None, "dataset of frames marked as wrong in tools.preview, to train on as well")
+    encoder: str | None = option(None, "ResNet10 weight file (.safetensors, .pkl); null: a seeded random start")
     seed: int = option(0, "seed of the shifted and jittered views; reward.seed is that of split and training")
     preprocess: Preprocess = option(Preprocess(), "how a frame becomes the network's image")
     reward: RewardConfig = option(RewardConfig(), "the classifier and its training")
@@ -60,7 +64,7 @@ def main(config: Config) -> None:
     if config.evaluate is not None:
         evaluate(config, config.evaluate)
         return
-    started = time.monotonic()
+    began = time.time()
     output = Path(config.output)
     require_new(output, "output")
     dataset = open_dataset(Path(config.dataset))
@@ -70,33 +74,44 @@ def main(config: Config) -> None:
     require_clean(dataset)
     labels_file = labels_path(dataset.folder)
     labels = load_labels(dataset.folder, dataset.observations)
-    pixels, states, success, episode_ids = load_labelled(dataset, labels, config.preprocess)
+    known = load_labelled(dataset, labels, config.preprocess)
+    print(f"{dataset.folder}: {len(known.success)} labelled frames, {known.success.sum()} of them success")
+    training = training_frames(known.success, known.episode_ids, config.reward)
+    corrected = None
+    if config.corrections is not None:
+        known, training, corrected = with_corrections(Path(config.corrections), schema, known, training)
+    pixels, states, success, episode_ids = known
     images = torch.from_numpy(pixels)
-    print(f"{dataset.folder}: {len(success)} labelled frames, {success.sum()} of them success")
 
     trunk = load_resnet10(config.encoder)
     generator = torch.Generator().manual_seed(config.seed)
-    training = training_frames(success, episode_ids, config.reward)
     with Progress("encode", len(images) + config.reward.views * int(training.sum()), "view") as progress:
         features = encode_views(trunk, images, config.reward, generator, progress.update, training)
     with Progress("train reward", config.reward.steps, "step") as progress:
-        trained = train_classifier(features, success, episode_ids, states, config.reward, progress.update)
-    best, final, report = trained
+        result = train_classifier(
+            features, success, episode_ids, states, config.reward, progress.update, training=training
+        )
+    best, final, report = result
     provenance = {
         "dataset": str(dataset.folder),
         "labels_sha256": hashlib.sha256(labels_file.read_bytes()).hexdigest() if labels is not None else None,
+        "corrections": corrected,
         "config": to_dict(config),
         "report": report,
+        "seconds": time.time() - began,
     }
     of_final = provenance | {"report": {"episodes": report["episodes"], **report["final"]}}
     with new_folder(output) as aside:
-        write_page(aside / "report.html", report, images, success, episode_ids)
+        write_reward_report(
+            aside / "report.html", f"train_reward.py: {output.name}", head("train_reward.py", began, config),
+            compared(output, began, {"provenance": provenance}, trained), report, pixels, success, episode_ids,
+        )  # fmt: skip
         save_reward(aside, best, schema, trunk_hash(trunk), provenance)
         save_reward(aside / "final", final, schema, trunk_hash(trunk), of_final)
     frames = report["at_threshold"]
     print(
         f"held-out episodes {report['episodes']['held_out']}: {frames['accuracy']:.1%} of frames right, "
-        f"threshold {report['threshold']:.2f}; {output} written in {time.monotonic() - started:.0f} s"
+        f"threshold {report['threshold']:.2f}; {output} written in {time.time() - began:.0f} s"
     )
     for problem in report["problems"]:
         print(f"warning: {problem}")
@@ -104,6 +119,7 @@ def main(config: Config) -> None:
 
 def evaluate(config: Config, folder: str) -> None:
     """Judge the classifier in `output`, with its own threshold, guard and vote, on a folder's labelled episodes."""
+    began = time.time()
     if config.report is not None:
         require_new(Path(config.report), "report")
     dataset, output = open_dataset(Path(folder)), Path(config.output)
@@ -123,9 +139,13 @@ def evaluate(config: Config, folder: str) -> None:
     probabilities = detector.classifier.probabilities(features)
     report = judge_frames(probabilities, success, episode_ids, states, detector.guard, plain, detector.threshold)
     if config.report is not None:
-        with new_folder(Path(config.report)) as aside:
-            write_page(aside / "report.html", report, images, success, episode_ids)
-            about = {"classifier": str(output), "dataset": str(dataset.folder), **report}
+        place, about = Path(config.report), {"classifier": str(output), "dataset": str(dataset.folder), **report}
+        with new_folder(place) as aside:
+            write_reward_report(
+                aside / "report.html", f"train_reward.py: {output.name} on {dataset.folder.name}",
+                head("train_reward.py", began, config), compared(place, began, about, judged),
+                report, pixels, success, episode_ids,
+            )  # fmt: skip
             (aside / "evaluation.json").write_text(json.dumps(about, indent=2) + "\n")
     print(table(list(report["held_out"][0]), [list(episode.values()) for episode in report["held_out"]]))
     frames = report["at_threshold"]
@@ -136,75 +156,43 @@ def evaluate(config: Config, folder: str) -> None:
     )
 
 
+def with_corrections(
+    folder: Path, schema: dict[str, Any], known: Labelled, training: np.ndarray
+) -> tuple[Labelled, np.ndarray, dict[str, Any]]:
+    """The labelled frames with the queued ones behind them, which are trained on (N,) bool, and what was taken.
+
+    All that are queued are trained on: two frames are no episode that a vote could be held on. One that shows a frame
+    of a held-out episode, by its state, would give that away, and is left out.
+    """
+    queue = open_dataset(folder)
+    looks = ("state", "units", "cameras", "image")  # how fast it was driven does not matter to a picture
+    require_same(*({key: said.get(key) for key in looks} for said in (queue.require_schema(), schema)), str(folder))
+    require_clean(queue)
+    labels = load_labels(folder, queue.observations) or Labels(folder.name)
+    queued = load_labelled(queue, labels, Preprocess(**schema["image"]))
+    held = {state.tobytes() for state in known.states[~training]}
+    new = np.array([state.tobytes() not in held for state in queued.states])
+    queued = Labelled(*(values[new] for values in queued))
+    queued = queued._replace(episode_ids=queued.episode_ids + known.episode_ids.max() + 1)
+    print(
+        f"{folder}: {len(queued.success)} corrected frames, {queued.success.sum()} of them success; "
+        f"{(~new).sum()} of held-out episodes are left out"
+    )
+    about = {
+        "dataset": str(folder),
+        "labels_sha256": hashlib.sha256(labels_path(folder).read_bytes()).hexdigest(),
+        "frames": len(queued.success),
+        "successes": int(queued.success.sum()),
+        "left_out": int((~new).sum()),
+    }
+    joined = Labelled(*(np.concatenate(both) for both in zip(known, queued, strict=True)))
+    return joined, np.concatenate([training, np.ones(len(queued.success), bool)]), about
+
+
 def require_new(folder: Path, key: str) -> None:
     """Raises DataError where a folder that is to be made exists."""
     if folder.exists():
         raise DataError(f"{folder}: exists already; name another with {key}=, or use it as it is")
-
-
-def write_page(
-    path: Path, report: dict[str, Any], images: torch.Tensor, success: np.ndarray, episode_ids: np.ndarray
-) -> None:
-    """report.html: what was chosen, what the classifier gets wrong, precision and recall, each episode, losses."""
-
-    def pictures(frame: int) -> str:
-        return "".join(image_tag(view.numpy(), 96) for view in images[frame])
-
-    def some(frames: np.ndarray) -> str:
-        chosen = frames[np.linspace(0, len(frames) - 1, 10).astype(int)] if len(frames) else frames
-        return "".join(pictures(frame) for frame in chosen) or "none"
-
-    def hard(examples: list[dict[str, Any]]) -> str:
-        shown = []
-        for example in examples:
-            frame = int(np.flatnonzero(episode_ids == example["episode"])[example["frame"]])
-            caption = f"#{example['episode']}/{example['frame']} {example['probability']:.3f}"
-            shown.append(
-                f'<figure style="display: inline-block; margin: 0">{pictures(frame)}'
-                f"<figcaption>{caption}</figcaption></figure>"
-            )
-        return "\n".join(shown) or "none"
-
-    points, held, single = report["curve"], report["held_out"], report["at_threshold"]
-    names = (
-        "threshold_range", "threshold_rule", "f_half", "false_episodes", "missed_episodes", "average_precision", "guard"
-    )  # fmt: skip
-    chosen = {name: report[name] for name in names if name in report}
-    if "final" in report:
-        last = report["final"]["at_threshold"]
-        chosen["final/, of the last step"] = f"accuracy {last['accuracy']:.4g} at threshold {last['threshold']:.4g}"
-    sections = [
-        ("Chosen", html_table(["what", "value"], [*single.items(), *chosen.items()])),
-        ("Problems", html_table(["problem"], [[p] for p in report["problems"]]) if report["problems"] else "none"),
-        (
-            "Hard examples: taken for a success, labelled none",
-            "<p>#episode/frame and probability, the worst first. Behind the address of label.py's page, #episode/frame "
-            f"opens the frame.</p>{hard(report['hard']['false_positives'])}",
-        ),
-        ("Hard examples: a success that was missed", hard(report["hard"]["misses"])),
-    ]
-    if "hard_in_training" in report:
-        wrong = [*report["hard_in_training"]["false_positives"], *report["hard_in_training"]["misses"]]
-        sections.append(("Training frames that are still wrong: look at their labels first", hard(wrong)))
-    sections += [
-        ("Some successes, as the network sees them", some(np.flatnonzero(success))),
-        ("Some of the rest", some(np.flatnonzero(~success))),
-        (
-            "Precision and recall of single frames",
-            curve("as the threshold falls", "recall", "precision", {
-                "frames": ([p["recall"] for p in points], [p["precision"] for p in points]),
-            })
-            + curve("at each threshold", "threshold", "", {
-                name: ([p["threshold"] for p in points], [p[name] for p in points]) for name in ("precision", "recall")
-            }),
-        ),
-        ("Episodes", html_table(list(held[0]), [list(e.values()) for e in held])),
-    ]  # fmt: skip
-    if "losses" in report:
-        losses = report["losses"]
-        lines = {"training": (losses["step"], losses["train"]), "held out": (losses["step"], losses["held_out"])}
-        sections.append(("Loss", curve("loss", "step", "cross entropy", lines)))
-    write_report(path, "Reward classifier", sections)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from so101.errors import ConfigError, EpisodeAborted
 from so101.images import preprocess
 from so101.robot import safety
 from so101.robot.arm import Arm, Reading
+from so101.robot.flight import FlightRecorder
 from so101.robot.kinematics import TIP_BELOW_TOOL, URDF_LIMITS, forward, rpy, solve_ik
-from so101.robot.teleop import FAILURE, SUCCESS, TIME_OUT, Teleop
+from so101.robot.teleop import FAILURE, NOBODY_DRIVES, SUCCESS, TIME_OUT, Teleop
 from so101.schema import ARM_JOINTS, Preprocess, RewardSpec
 from so101.timing import Clock, Rate
 
@@ -57,6 +58,7 @@ class EnvConfig:
         low, high = self.workspace_low, self.workspace_high
         if len(low) != 3 or len(high) != 3 or any(a >= b for a, b in zip(low, high, strict=True)):
             raise ConfigError(f"workspace: got {low} .. {high}, needs x y z with each lower below its upper")
+        low, high = (corner.tolist() for corner in self.box)
         if len(self.home) != 3 or any(not a <= x <= b for a, x, b in zip(low, self.home, high, strict=True)):
             raise ConfigError(f"home: got {self.home}, must lie inside the workspace {low} .. {high}")
         tool, rotation = forward(straight_down_at(np.array(self.home), URDF_LIMITS.T))
@@ -79,6 +81,18 @@ class EnvConfig:
     def max_steps(self) -> int:
         """Steps of an episode that nothing ends earlier."""
         return round(self.control_time_s * self.fps)
+
+    @property
+    def box(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper corner (3,) m of where the tool is let: the workspace, fingertips above the table."""
+        low = np.array(self.workspace_low)
+        low[2] = max(low[2], self.table_z + TIP_BELOW_TOOL)
+        return low, np.array(self.workspace_high)
+
+    def start_at(self, share: np.ndarray) -> np.ndarray:
+        """Home (3,) m, moved by a `share` (3,) in -1 .. 1 of the random range, as far as the box lets it."""
+        reach = np.array([self.random_ee_range_xy] * 2 + [self.random_ee_range_z])
+        return np.clip(np.array(self.home) + share * reach, *self.box)
 
 
 class Observation(NamedTuple):
@@ -154,18 +168,17 @@ class Env:
         success_ends: bool = True,
         limits: safety.SafetyConfig,
         screen: Screen | None = None,
+        flight: FlightRecorder | None = None,
     ) -> None:
         """`success_ends` False lets a recording go on after success; `detector` None leaves it to the keys."""
         self.config, self.arm, self.cameras, self.teleop = config, arm, cameras, teleop
         self.clock, self.rng = clock, rng
         self.preprocess, self.reward, self.detector = preprocess, reward, detector
         self.success_ends, self.watchdog = success_ends, safety.Watchdog(limits, clock)
-        self.screen = screen
+        self.screen, self.flight = screen, flight
         self.rate = Rate(clock, 1 / config.fps)
-        self._low = np.array(config.workspace_low)
+        self._low, self._high = config.box
         self._locked = [ARM_JOINTS.index(name) for name in config.locked_joints]
-        self._low[2] = max(self._low[2], config.table_z + TIP_BELOW_TOOL)
-        self._high = np.array(config.workspace_high)
         # A hand that holds the leader fully open or shut asks for a step more than the gripper's range, so that
         # its action keeps saying "open" or "shut". At 0 a policy learns that nothing need hold the gripper, and
         # its noise closes it on the way to the cube: 38 of 50 evaluation episodes succeeded then.
@@ -179,20 +192,20 @@ class Env:
         self._time: float | None = None  # of that measurement; None at the start of an episode
         self._steps = 0
 
-    def reset(self, person_drives: bool = False) -> tuple[Observation, frozenset[str]]:
-        """Lift, go home, wait while the object is placed; return the first observation.
+    def reset(self, person_drives: bool = False, start: np.ndarray | None = None) -> tuple[Observation, frozenset[str]]:
+        """Lift, go to the start pose, wait while the object is placed; return the first observation.
 
-        The second value holds the keys pressed meanwhile: a verdict there corrects the episode just ended. The key
-        to quit ends the reset where it is; what is observed there begins no episode.
+        `start` (3,) m is that pose; None: home, with its random offset. The second value holds the keys pressed
+        meanwhile: a verdict there corrects the episode just ended. The key to quit ends the reset where it is; what is
+        observed there begins no episode.
         """
         self.teleop.hand_back()
-        home = np.array(self.config.home)
-        if self.config.random_ee_reset:
-            reach = np.array([self.config.random_ee_range_xy] * 2 + [self.config.random_ee_range_z])
-            home = np.clip(home + self.rng.uniform(-reach, reach), self._low, self._high)
+        if start is None:
+            random = self.config.random_ee_reset
+            start = self.config.start_at(self.rng.uniform(-1, 1, 3) if random else np.zeros(3))
         with suppress(_Quits):  # from any point of it the arm can be brought to rest
             safety.lift(self.arm, self.clock, self._bring_along, self._read)
-            self._go_home(home)
+            self._go_home(start)
         events = self.teleop.place_object(self.clock, self.config.reset_time_s, self._read)
         if self.detector is not None:
             self.detector.reset()
@@ -202,6 +215,9 @@ class Env:
                 camera.wait_ready()
             self.rate.restart()
             observation = self._observe()
+            if person_drives and not quits and not self.teleop.manned:
+                observation, pressed = self._wait_for_driver(observation)
+                events, quits = events | pressed, "quit" in pressed
         except EpisodeAborted:
             self.teleop.keep(events)
             raise
@@ -210,6 +226,16 @@ class Env:
         if self.screen is not None:
             self.screen.show(self, observation, None)
         return observation, events
+
+    def _wait_for_driver(self, observation: Observation) -> tuple[Observation, frozenset[str]]:
+        """Hold until somebody takes the wheel; what is seen then, and the keys pressed meanwhile."""
+        if self.screen is not None:
+            self.screen.show(self, observation, None)
+        self.teleop.hear(NOBODY_DRIVES)
+        events = self.hold(lambda: self.teleop.manned)
+        self._time = None
+        self.rate.restart()
+        return self._observe(), events
 
     def hold(self, until: Callable[[], bool]) -> frozenset[str]:
         """Stay where the arm is, watched, until something is so or the person quits; the keys pressed meanwhile."""
@@ -239,6 +265,9 @@ class Env:
         lag = float(np.linalg.norm(self.target - self._tool))
         reward = self.reward.of(success)
         step = Step(observation, action, by_human, reward, success, terminated, truncated, human.events, lag, late)
+        if self.flight is not None:
+            result = {"success": success, "terminated": terminated, "truncated": truncated}
+            self.flight.note("step", {"action": action, "by_human": by_human, **result, "lag": lag, "late": late})
         if self.screen is not None:
             self.screen.show(self, observation, step)
         return step
@@ -290,7 +319,10 @@ class Env:
         self._position, self._time = position, now
         self._tool, rotation = forward(position)
         state = np.concatenate([position, velocity, self._tool, rpy(rotation)]).astype(np.float32)
-        frames = {name: camera.latest()[0] for name, camera in self.cameras.items()}
+        taken = {name: camera.latest() for name, camera in self.cameras.items()}
+        if self.flight is not None:
+            self.flight.observed(taken, self.target)
+        frames = {name: frame for name, (frame, _) in taken.items()}
         images = np.stack([preprocess(frame, self.preprocess) for frame in frames.values()])
         return Observation(state, frames, images, now)
 

@@ -4,10 +4,14 @@ A message says where, what was found, what is allowed and what to do next, in on
 Anything else that escapes a script is a bug and keeps its traceback.
 """
 
+import atexit
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 EXIT_DONE, EXIT_INTERRUPTED = 0, 130
+
+hearers: list[Callable[[str], object]] = []  # who is told too: the flight recorder of a rig that is open
 
 
 class UserError(Exception):
@@ -49,5 +53,12 @@ class SafetyStop(UserError):
 
 def tell(message: str) -> None:
     """Print a warning on stderr. Never raises: a reader that has gone must not stop what keeps an arm safe."""
+    for hearer in hearers:
+        hearer(message)
     with suppress(OSError, ValueError):  # a broken pipe or a terminal that is lost; a stream that is closed
         print(message, file=sys.stderr, flush=True)
+
+
+def tell_at_last(message: str) -> None:
+    """`tell` it when the program ends, below the error or the traceback that ends it."""
+    atexit.register(tell, message)

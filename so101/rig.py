@@ -1,7 +1,7 @@
 """One arm, its leader, cameras and person, real or simulated. The only file that knows which."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ import numpy as np
 from so101.config import option, require_within
 from so101.env import Camera as AnyCamera
 from so101.env import Detector, Env, EnvConfig, Observation, Screen
-from so101.errors import ConfigError, HardwareError, SafetyStop, tell
+from so101.errors import ConfigError, HardwareError, SafetyStop, hearers, tell, tell_at_last
 from so101.robot import safety
 from so101.robot.arm import POSE_TOLERANCE, Arm
 from so101.robot.bus import ServoBus
 from so101.robot.calibration import load_calibration, unlike_ranges
 from so101.robot.camera import Camera, CameraConfig, require_lasting_names
+from so101.robot.diagnosis import diagnosis
+from so101.robot.flight import FlightRecorder
 from so101.robot.kinematics import jaw_angle
 from so101.robot.ports import open_port
 from so101.robot.probe import swapped
@@ -26,8 +28,9 @@ from so101.robot.sound import Cue, Sound
 from so101.robot.teleop import PLACE_CUBE, STOPPED, Leader, Pendant, Teleop, TeleopConfig, TerminalKeys
 from so101.runlog import Screen as Facts
 from so101.schema import JOINTS, Preprocess, RewardSpec, describe
+from so101.signals import signals_held
 from so101.sim.camera import CameraConfig as SimCameraConfig
-from so101.sim.camera import Scene, SimCamera
+from so101.sim.camera import SimCamera, scene_of
 from so101.sim.operator import Operator, OperatorConfig
 from so101.sim.servos import SIM_CALIBRATION, SimPort, SimServos
 from so101.sim.world import World, WorldConfig
@@ -96,6 +99,7 @@ class RigConfig:
                     raise ConfigError(f"cameras.{name}: got {camera.width}x{camera.height}, sim_camera renders {size}")
 
 
+TOOL_FLIGHTS = Path("outputs/flight")  # where the tools leave their flight records
 VERDICT_TICKS = 3  # the cube must be held up this long, so that a toss is no lift
 
 
@@ -165,6 +169,19 @@ class Rig:
     verdict: WorldVerdict | None  # a real world has none
     limits: SafetyConfig
     page: Page | None = None
+    begin_anew: Callable[[int], None] | None = None  # of a simulated rig, see start_over
+    flight: FlightRecorder | None = None
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """The follower, and the leader where there is one."""
+        hand = self.teleop.leader
+        return {"follower": self.arm} | ({"leader": hand.arm} if hand is not None else {})
+
+    def start_over(self, seed: int) -> None:
+        """Put the simulated arms, world and cameras where a seed has them, whatever happened before; nothing real."""
+        if self.begin_anew is not None:
+            self.begin_anew(seed)
 
     def make_env(
         self,
@@ -179,18 +196,25 @@ class Rig:
         return Env(
             config, self.arm, self.cameras, self.teleop, self.clock, np.random.default_rng(seed),
             preprocess=preprocess, reward=reward, detector=detector, success_ends=success_ends, limits=self.limits,
-            screen=self.page,
+            screen=self.page, flight=self.flight,
         )  # fmt: skip
 
 
 @contextmanager
-def open_rig(config: RigConfig, seed: int, page: Page | None = None) -> Iterator[Rig]:
+def open_rig(config: RigConfig, seed: int, page: Page | None = None, flights: Path | None = None) -> Iterator[Rig]:
     """Connect everything, start the arm safely, and leave it safe on every way out; who looks on does it on `page`.
 
-    Raises HardwareError for a port, servo or camera that is not there.
+    A fault leaves a flight record (so101/robot/flight.py) in `flights`; None: nowhere. Raises HardwareError for a port,
+    servo or camera that is not there.
     """
     with ExitStack() as stack:
         rig = _simulated(config, seed, page) if config.simulated else _real(config, stack, page)
+        if flights is not None:
+            rig.flight = FlightRecorder(rig.clock, rig.arms, config.safety)
+            rig.teleop.note = rig.flight.note
+            hearers.append(rig.flight.told)
+            stack.callback(hearers.remove, rig.flight.told)
+            stack.callback(_leave_record, rig.flight, flights)  # when all else is done: no arm waits for a disk
         stack.callback(_report_faults, rig)  # last: the way to rest is on the same lines
         stack.callback(rig.teleop.keys.close)
         if rig.teleop.leader is not None:
@@ -208,9 +232,12 @@ def open_rig(config: RigConfig, seed: int, page: Page | None = None) -> Iterator
         safety.safe_start(rig.arm)
         try:
             yield rig
-        except (HardwareError, SafetyStop):
-            with suppress(OSError):  # nobody hears it; the error itself is what counts
-                rig.teleop.hear(STOPPED)
+        except Exception as error:
+            if rig.flight is not None:
+                rig.flight.failed(error)
+            if isinstance(error, HardwareError | SafetyStop):
+                with suppress(OSError):  # nobody hears it; the error itself is what counts
+                    rig.teleop.hear(STOPPED)
             raise
 
 
@@ -223,13 +250,24 @@ def require_reachable(what: str, pose: np.ndarray, arm: Arm) -> None:
 
 def _report_faults(rig: Rig) -> None:
     """What the lines were like, once, at the end of a run."""
-    arms = {"follower": rig.arm} | ({"leader": rig.teleop.leader.arm} if rig.teleop.leader is not None else {})
-    for name, arm in arms.items():
+    for name, arm in rig.arms.items():
         if said := arm.bus.report():
             tell(f"{name}: {said}")
     for camera in rig.cameras.values():
         if isinstance(camera, Camera) and (said := camera.report()):
             tell(said)
+
+
+def _leave_record(flight: FlightRecorder, place: Path) -> None:
+    """Write what led to the fault, where there was one, and name it at the end. What fails here is only told."""
+    if flight.error is None:
+        return
+    with signals_held() as came:
+        try:
+            tell_at_last(f"flight record: {flight.dump(place, diagnosis(flight))} (diagnosis.txt says what it was)")
+        except Exception as error:  # a full disk, or a bug of its own, which must not hide the one that it is about
+            tell(f"flight record: could not be written in {place}: {type(error).__name__}: {error}")
+        came.clear()  # the program ends already
 
 
 def _real(config: RigConfig, stack: ExitStack, page: Page | None) -> Rig:
@@ -267,17 +305,7 @@ def _simulated(config: RigConfig, seed: int, page: Page | None) -> Rig:
     world = World(config.world, follower, world_rng)
     clock.on_substep += [follower.step, leader.step, world.step]
 
-    def scene() -> Scene:
-        return Scene(
-            world.gripper_position,
-            world.gripper_rotation,
-            world.jaw_angle,
-            world.cube_position,
-            world.cube_rotation,
-            config.world.cube_size,
-            world.light,
-        )
-
+    scene = functools.partial(scene_of, world)
     cameras = {name: SimCamera(config.sim_camera, scene, clock, camera_rng) for name in config.cameras}
     person: Operator | _Alone
     if config.operator is None:
@@ -286,7 +314,22 @@ def _simulated(config: RigConfig, seed: int, page: Page | None) -> Rig:
         person = Operator(config.operator, world, follower, leader, person_rng)
     hand = None if config.leader is None else _hand(_sim_arm(leader, clock), config, clock)
     teleop = Teleop(hand, person, config.teleop, page)
-    return Rig(clock, _sim_arm(follower, clock), cameras, teleop, WorldVerdict(world), config.safety, page)
+    arm = _sim_arm(follower, clock)
+
+    def begin_anew(seed: int) -> None:
+        world.reset()  # the cube is let go of
+        for servos, driven in ((follower, arm), (leader, None if hand is None else hand.arm)):
+            servos.angle[:] = [*config.follower.rest[:5], jaw_angle(config.follower.rest[5])]
+            servos.power_cycle()
+            if driven is not None:
+                safety.safe_start(driven)
+        clock.sleep_until(clock.now() + safety.LONGEST_TICK + 0.1)  # after which watchdogs, too, begin anew
+        for mine, fresh in zip((world_rng, camera_rng, person_rng), np.random.SeedSequence(seed).spawn(3), strict=True):
+            mine.bit_generator.state = np.random.default_rng(fresh).bit_generator.state
+        world.reset()
+
+    verdict = WorldVerdict(world)
+    return Rig(clock, arm, cameras, teleop, verdict, config.safety, page, begin_anew)
 
 
 def _hand(arm: Arm, config: RigConfig, clock: Clock) -> Leader:

@@ -1,6 +1,5 @@
-"""The folder of a training run: begun whole, taken up again only as it was begun, and its report."""
+"""The folder of a training run: begun whole, and taken up again only as it was begun."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from so101.data.dataset import open_dataset
 from so101.errors import ConfigError, DataError
 from so101.files import new_folder, read_json
 from so101.learn.checkpoint import find_checkpoint
-from so101.plots import curve, html_table, write_report
-from so101.runlog import RunLog, read_metrics
+from so101.runlog import RunLog
 
 # What a person may change between two parts of a run without changing what is learned.
 FREE = (
@@ -79,35 +77,3 @@ def recorded_steps(folder: Path) -> int:
     """Environment steps of a run's recorded episodes."""
     episodes = folder / "episodes"
     return sum(episode.length for episode in open_dataset(episodes).episodes) if episodes.exists() else 0
-
-
-def run_report(folder: Path) -> None:
-    """report.html: the curves of metrics.csv, and the evaluation where there is one."""
-    metrics = read_metrics(folder)
-    steps = metrics.get("step", [])
-    sections = []
-    for title, names in (
-        ("success", ("success_last_20", "success_alone_last_20", "intervention_share", "evaluated_success")),
-        ("episode length", ("episode_steps", "intervention_length", "evaluated_steps")),
-        ("value", ("q", "q_max", "td_target")),
-        ("spread of the critics' values", ("q_spread", "q_share")),
-        ("losses", ("critic_loss", "actor_loss")),
-        ("entropy", ("entropy",)),
-        ("temperature", ("temperature",)),
-        ("size of the policy's actions", ("action_size",)),
-        ("successes in 100 steps", ("reward_rate",)),
-        ("brightness, in the demonstrations' standard deviations", ("brightness_drift",)),
-        ("updates per step", ("utd_asked", "utd_done")),
-        ("rates, 1/s", ("actor_hz", "updates_per_s")),
-        ("age of the policy, s", ("policy_age",)),
-    ):
-        series = {name: (steps, metrics[name]) for name in names if name in metrics}
-        if series:
-            sections.append((title, curve(title, "environment step", "", series)))
-    evaluation = folder / "eval.json"
-    if evaluation.exists():
-        result = json.loads(evaluation.read_text())
-        rows = [[i + 1, e["steps"], f"{e['return']:.2f}", e["success"]] for i, e in enumerate(result["episodes"])]
-        heading = f"evaluation: {result['success_rate']:.0%}, judged by {result['judge']}"
-        sections.append((heading, html_table(["episode", "steps", "return", "success"], rows)))
-    write_report(folder / "report.html", str(folder), sections)

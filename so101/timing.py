@@ -39,8 +39,12 @@ class SimClock(Clock):
         return self._substeps * SUBSTEP
 
     def sleep_until(self, deadline: float) -> None:
-        """Advance the world to `deadline` in whole substeps (to within half of one)."""
-        while deadline - self.now() > SUBSTEP / 2:
+        """Advance the world to `deadline` in whole substeps (to within half of one).
+
+        Halfway between two it is the earlier, however the times have been rounded: a reset moves in such periods, and
+        where it ends must not depend on when it began.
+        """
+        while deadline - self.now() > SUBSTEP / 2 + 1e-9:
             self._substeps += 1
             for step in self.on_substep:
                 step(SUBSTEP)

@@ -83,6 +83,15 @@ class Chromium:
             actions += [{"type": "keyUp", "value": one} for one in reversed(pressed)]
         self._ask("POST", "actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
 
+    def hold(self, key: str) -> None:
+        """Press a key and keep it down."""
+        actions = [{"type": "keyDown", "value": KEYS.get(key, key)}]
+        self._ask("POST", "actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
+
+    def release(self) -> None:
+        """Let go of all that is held."""
+        self._ask("DELETE", "actions")
+
     def click(self, x: float, y: float, to: tuple[float, float] | None = None) -> None:
         """Click at a place of the page in CSS pixels, or drag from there to another."""
         moves = [(x, y), *([to] if to else [])]

@@ -133,9 +133,19 @@ class Workplace:
         """What record.py has said on stderr."""
         return (self.folder / "errors.txt").read_text()
 
-    def end(self, process: "subprocess.Popen[bytes]", bug: str = "") -> tuple[int, str]:
-        """Its exit code, and what it said on stderr, with a traceback only for a `bug` (its last line)."""
+    def end(self, process: "subprocess.Popen[bytes]", bug: str = "", record: str = "") -> tuple[int, str]:
+        """Its exit code, and what it said on stderr, with a traceback only for a `bug` (its last line).
+
+        Its very last line must name the one flight record that it left, whose diagnosis says `record`; "": none.
+        """
         code, errors = process.wait(60), self.errors()
+        records = list(self.folder.glob("demos.flight/*"))
+        assert len(records) == bool(record), records
+        if record:
+            errors, _, last = errors.removesuffix("\n").rpartition("\n")
+            assert last == f"flight record: {records[0]} (diagnosis.txt says what it was)"
+            assert record in " ".join((records[0] / "diagnosis.txt").read_text().split())
+            errors += "\n"
         assert errors.endswith(f"{bug}\n") if bug else "Traceback" not in errors, errors
         return code, errors
 
@@ -200,7 +210,7 @@ def overheated(place: Workplace) -> None:
     process = place.record()
     place.wait_for(place.dataset.exists, process)
     place.follower.play(fault="temperature", ids=[3], value=68)
-    code, errors = place.end(process)
+    code, errors = place.end(process, record="the follower's elbow_flex was too hot: it read 68 deg C, allowed is 65")
     assert code == 5, errors
     assert errors.endswith("elbow_flex: servo at 68 deg C; let it cool before going on\n")
     place.require_safe()
@@ -232,7 +242,7 @@ def unplugged(place: Workplace) -> None:
     process = place.record()
     place.wait_for(place.dataset.exists, process)
     place.follower.play(fault="unplug")
-    code, errors = place.end(process)
+    code, errors = place.end(process, record="the follower's USB adapter was pulled out or failed")
     assert code == 3, errors
     assert "It may still hold: support it, and cut its power" in errors
     assert place.leader.was_let_go()
@@ -278,7 +288,8 @@ def terminal_lost(place: Workplace) -> None:
 def a_bug(place: Workplace) -> None:
     """What nobody foresaw keeps its traceback, and costs the episode in progress only."""
     process = place.record(before="from so101.env import Env; Env._verdict = None")
-    code, _ = place.end(process, bug="TypeError: 'NoneType' object is not callable")
+    words = "a mistake in the program, not in the arm: env.py, line"
+    code, _ = place.end(process, bug="TypeError: 'NoneType' object is not callable", record=words)
     assert code == 1 and place.finished() == 0
     place.require_safe()
 
@@ -315,7 +326,7 @@ def camera_died(place: Workplace) -> None:
     process = place.record(before="from so101.robot.camera import Camera; Camera.wait_ready.__defaults__ = (1.0,)")
     place.wait_for(lambda: place.finished() == 1, process)
     os.unlink(place.folder / "camera.avi")
-    code, errors = place.end(process)
+    code, errors = place.end(process, record="camera wrist gave no good frames any more; the newest frame used")
     assert code == 3 and "camera wrist: no good frame for " in errors.splitlines()[-1], errors
     place.require_safe()
     assert place.finished() >= 1

@@ -209,4 +209,4 @@ def test_the_page_starts_says_how_to_reach_it_and_ends_with_ctrl_c(folder: Path)
     process.send_signal(signal.SIGINT)  # with a connection that is kept alive
     out, err = process.communicate(timeout=10)
     wire.close()
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert (process.returncode, err) == (130, "interrupted\n") and f"report: {folder}.report.html" in out

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from so101.plots import curve, html_table, image_tag, round_ticks, write_report
+from so101.plots import HALF, MARK_PX, curve, film_strip, html_table, image_tag, round_ticks, write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -78,6 +78,41 @@ def test_image_tag_holds_the_picture():
     assert data is not None and 'width="70"' in image_tag(rgb, 70)
     bgr = cv2.imdecode(np.frombuffer(base64.b64decode(data[1]), np.uint8), cv2.IMREAD_COLOR)
     assert (bgr[:, :, ::-1] == rgb).all()
+
+
+def test_dots_alone_are_where_the_axes_say_and_within_a_plot_of_half_width():
+    xs, ys = list(np.linspace(-3, 9, 60)), list(np.linspace(2, 1, 60))
+    svg = curve("t", "x", "y", {"a": (xs, ys)}, width=HALF, joined=False, colours=["#123456"])
+    assert drawn(svg) == []
+    dots = [dot for dot in ElementTree.fromstring(svg).iter(f"{SVG}circle") if dot.get("fill") == "#123456"]
+    (x_scale, x_offset), (y_scale, y_offset) = axis(svg, "middle", 0), axis(svg, "end", 1)
+    assert [float(dot.attrib["cx"]) * x_scale + x_offset for dot in dots] == pytest.approx(xs, abs=0.05)
+    assert [float(dot.attrib["cy"]) * y_scale + y_offset for dot in dots] == pytest.approx(ys, abs=0.01)
+    assert max(float(dot.attrib["cx"]) for dot in dots) <= HALF
+
+
+def test_a_film_strip_shows_the_frames_in_order_with_the_colour_of_each_below():
+    frames = [np.full((48, 64, 3), value, np.uint8) for value in (20, 120, 220)]
+    tag = film_strip(frames, 24, 'of "a"', ["#009e73", None, "#d55e00"])
+    assert 'alt="of &quot;a&quot;"' in tag and f'width="{3 * 32 + 2 * 2}" height="{24 + MARK_PX}"' in tag
+    jpeg = base64.b64decode(re.search(r'base64,([^"]+)"', tag)[1])
+    rgb = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1].astype(int)
+    assert rgb.shape == (24 + MARK_PX, 100, 3)
+    for column, grey, mark in ((16, 20, (0, 158, 115)), (50, 120, (255, 255, 255)), (84, 220, (213, 94, 0))):
+        assert abs(rgb[10, column] - grey).max() < 6
+        assert abs(rgb[24 + MARK_PX - 2, column] - mark).max() < 12
+    assert f'height="{24}"' in film_strip(frames, 24)
+
+
+def test_a_table_shows_what_is_missing_as_a_dash_and_keeps_its_numbers_to_the_right():
+    text = html_table(["n", "x", "truth"], [[1, None, True], [2, float("nan"), False], [20000.0, 0.5, None]])
+    cells = re.findall(r"<td( class=number)?>([^<]*)</td>", text)
+    number, dash = " class=number", "\N{EN DASH}"
+    assert cells == [
+        (number, "1"), (number, dash), ("", "yes"), (number, "2"), (number, dash), ("", "no"),
+        (number, "20000"), (number, "0.5"), ("", dash),
+    ]  # fmt: skip
+    assert "<th" not in html_table(["", ""], [["a", "b"]])
 
 
 class Page(HTMLParser):

@@ -75,7 +75,7 @@ def recording(tmp_path, monkeypatch):
 
     def run(keys=None, camera_fails_at=(), moves=True, **settings):
         @contextmanager
-        def rigged(config, seed, page=None):
+        def rigged(config, seed, page=None, flights=None):
             with open_rig(config, seed, page) as rig:
                 run.rig, run.person = rig, Scripted(rig.teleop.keys, keys or {}, moves)
                 rig.teleop.keys = run.person

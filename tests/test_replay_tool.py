@@ -58,7 +58,7 @@ def replayed(monkeypatch):
         run.states, run.targets = [], []
 
         @contextmanager
-        def rigged(config, seed):
+        def rigged(config, seed, flights=None):
             with open_rig(config, seed) as rig:
                 run.rig = rig
                 rig.teleop.keys = Scripted(rig.teleop.keys, keys or {})

@@ -101,7 +101,7 @@ def test_motors_are_plugged_one_for_another() -> None:
     [
         ("{", r"script: not JSON \(.*\): \{"),
         ("[1]", r"script: must be one JSON object a line: \[1\]"),
-        ("{}", "script: an event is one fault, one move or one plug"),
+        ("{}", "script: an event is one fault, one move, one plug or one cube"),
         ('{"fault": "vanisch"}', 'script: fault: got "vanisch", must be null or one of "vanish", "mute", '),
         ('{"fault": "voltage"}', "script: value: the fault 'voltage' needs one"),
         ('{"fault": "register", "value": 1}', "script: register: got None, and the fault register needs the name"),

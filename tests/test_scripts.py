@@ -23,8 +23,8 @@ from so101 import config as configs
 from so101.data.dataset import open_dataset
 from so101.data.labels import Labels, labels_path
 from so101.errors import ConfigError, DataError
+from so101.evaluation import Contestant, Evaluation, Judges, all_of, newest
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
-from so101.learn.eyes import Eyes
 from so101.learn.link import Link
 from so101.learn.reward import RewardConfig
 from so101.learn.sac import SacConfig
@@ -33,6 +33,7 @@ from so101.rig import open_rig
 from so101.robot import teleop
 from so101.runfolder import begin_run
 from so101.runlog import read_metrics, read_rows
+from so101.starts import make_starts
 
 ROOT = Path(__file__).parent.parent
 SMALL_SAC = SacConfig(batch_size=16, views=1, utd_ratio=2, buffer_size=300)
@@ -128,14 +129,13 @@ def test_train_sac_learns_checkpoints_resumes_and_is_evaluated(made, tmp_path, c
     config = sac_config(made, tmp_path / "run", evaluation_episodes=2)
     train_sac.main(config)
     printed = capsys.readouterr().out
-    assert re.search(r"episode +steps +return +success", printed) and "report.html" in printed
+    assert re.search(r"episode +steps +reward +result", printed) and "report.html" in printed
     run = tmp_path / "run"
     before = load_checkpoint(run, config.schema(), None)
     assert before.training_state["updates"] >= 10 and before.step >= 60
     metrics = read_metrics(run)
     assert np.isfinite([loss for loss in metrics["critic_loss"] if loss == loss]).all()
-    result = json.loads((run / "eval.json").read_text())
-    assert len(result["episodes"]) == 2 and set(result["episodes"][0]) == {"steps", "return", "paid", "success"}
+    assert newest(run) == run / "evaluations" / "001" and len(Evaluation.load(newest(run)).episodes) == 2
     assert configs.load(train_sac.Config, run / "config.json") == config
     marks = np.memmap(run / "features.marks", np.uint64)
     filled = marks.copy()
@@ -238,11 +238,15 @@ def test_a_lost_picture_drops_an_online_episode_whole_and_an_evaluated_one_is_ru
             next(learning)
         next(learning)
         rig.cameras["wrist"].fails_at = {rig.cameras["wrist"].looks + 5}
-        results = infer.evaluate(env, rig, learner.sac.policy, eyes, 1, 0.0)
+        starts = make_starts("trained", [3, 3], 1, 0, config.env, config.rig.world)
+        evaluation = Evaluation({}, {"A": Contestant("run", "000030", 30, "")}, "", starts)
+        driver = infer.Driver(learner.sac.policy, eyes)
+        infer.evaluate(env, rig, {"A": driver}, Judges(eyes, rig.verdict), evaluation)
     actor.close()
     learner.close()
     heard = rig.teleop.keys.heard
-    assert heard.count("episode dropped: camera wrist: newest frame is 0.7 s old") == 4 and len(results) == 1
+    assert heard.count("episode dropped: camera wrist: newest frame is 0.7 s old") == 4
+    assert len(evaluation.episodes) == 1 and evaluation.again == {"aborted": 1}
     recorded = open_dataset(tmp_path / "run" / "episodes").episodes
     online = learner.replay.pools[1]
     assert len(online) == learner.steps == sum(episode.length for episode in recorded) >= 30
@@ -294,38 +298,7 @@ def test_a_run_keeps_its_classifier_and_moves_with_it(made, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         infer.main(infer.Config(run="moved", episodes=1, checkpoint="20"))
-    assert (tmp_path / "moved" / "eval.json").exists() and (tmp_path / "moved" / "eval-1.json").exists()
-
-
-def test_where_the_classifier_judges_it_counts_each_frame_once(made, tmp_path):
-    config = sac_config(made, tmp_path / "run", steps=20)
-    train_sac.main(config)
-    eyes = Eyes(None, made / "reward", config.schema(), 0, 0, 0, "cpu")
-    eyes.detector.probability = lambda features: 1.0
-    eyes.detector.guard = None
-    policy = infer.load_policy(tmp_path / "run", "last", config.sac, config.schema(), eyes.trunk_hash)
-    with open_rig(config.rig, 1) as rig:
-        rig.verdict = None  # as on a real arm
-        env = rig.make_env(config.env, config.preprocess, config.reward, 1, eyes)
-        (result,) = infer.evaluate(env, rig, policy, eyes, 1, 0.0)
-    assert result == {"steps": 3, "return": 1.0, "paid": True, "success": True}
-
-
-def test_infer_repeats_itself_writes_a_video_and_needs_no_leader_moves(made, tmp_path):
-    config = sac_config(made, tmp_path / "run", steps=30)
-    train_sac.main(config)
-    for name in ("a", "b"):
-        infer.main(
-            infer.Config(
-                run=config.output,
-                episodes=2,
-                output=str(tmp_path / name),
-                video=str(tmp_path / "eval.mp4") if name == "a" else None,
-            )  # fmt: skip
-        )
-    results = [json.loads((tmp_path / name / "eval.json").read_text()) for name in ("a", "b")]
-    assert results[0] == results[1]
-    assert (tmp_path / "eval.mp4").stat().st_size > 1000
+    assert [path.name for path in all_of(tmp_path / "moved")] == ["001", "002"]
 
 
 def kill_at(arguments, started, instant, signal_number):
@@ -375,7 +348,8 @@ def test_record_killed_at_any_instant_loses_at_most_the_episode_in_progress(tmp_
         (["train_reward.py", "dataset=nowhere"], 4, "nowhere"),
         (["infer.py", "run=nowhere"], 4, "not a run folder"),
         (["infer.py", "run="], 2, "run: got no name; give the run folder that train_sac.py made"),
-        (["infer.py", "video=x.txt"], 2, "video: got 'x.txt', needs a name that ends in .mp4"),
+        (["infer.py", "starts=x.txt"], 2, "starts: got 'x.txt', must be trained, random, home, grid or a file that"),
+        (["infer.py", "grid=[3]"], 2, "grid: got [3], needs the places along x and y"),
         (["train_sac.py", "seed=-1"], 2, "seed: got -1"),
         (["train_sac.py", "device=banana"], 2, "device: got 'banana', this machine has cpu"),
         (["train_sac.py", "checkpoint_every=0"], 2, "checkpoint_every"),
@@ -444,11 +418,6 @@ def test_what_exists_is_never_overwritten(made, tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(DataError, match="exists"):
         train_sac.main(sac_config(made, tmp_path / "run"))
-    video = tmp_path / "precious.mp4"
-    video.write_text("mine")
-    with pytest.raises(DataError, match="never overwritten"):
-        infer.main(infer.Config(run=str(tmp_path / "run"), video=str(video)))
-    assert video.read_text() == "mine"
 
 
 def test_data_of_another_schema_is_refused_and_says_what_differs(made, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import termios
 import textwrap
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,6 +293,190 @@ def test_a_leader_that_only_lags_never_takes_over(sag):
                 assert not env.step(wild * (-1) ** (step // 10)).by_human
                 farthest = max(farthest, np.abs(hand.leader.angle - servos_of(rig.arm).angle)[:5].max())
         assert farthest > 0.4  # it had lagged by more than a push
+
+
+class Wheel:
+    """Somebody at the page: keys to press, what is held, and whether he is gone."""
+
+    def __init__(self, rig):
+        self.keys, self.held, self.gone, self.heard = [], None, False, []
+        rig.teleop.pendant = self
+
+    def poll(self):
+        pressed, self.keys = self.keys, []
+        return pressed
+
+    def quits(self):
+        return "quit" in self.keys
+
+    def hear(self, cue):
+        self.heard.append(cue)
+
+    def hand(self):
+        return self.held
+
+    def lost(self):
+        gone, self.gone = self.gone, False
+        self.held = None if gone else self.held
+        return gone
+
+
+AWAY = np.array([0.5, 0.0, 0.0, 0.0])
+
+
+def test_a_key_held_on_the_page_takes_over_and_its_action_is_what_is_done():
+    with an_env() as (env, rig):
+        hand, wheel = take_the_keys(rig), Wheel(rig)
+        env.reset()
+        assert not env.step(AWAY).by_human  # nobody at the wheel
+        wheel.held = STILL
+        assert not env.step(AWAY).by_human  # at the wheel, but nothing is held: the policy goes on
+        wheel.held = -AWAY
+        target = env.target
+        step = env.step(AWAY)
+        assert step.by_human and step.action.tolist() == [-0.5, 0, 0, 0]
+        assert env.target - target == pytest.approx([-0.01, 0, 0], abs=1e-6)  # half of 0.02 m
+        assert teleop.YOU_DRIVE in wheel.heard and teleop.YOU_DRIVE in hand.heard
+        wheel.held = STILL
+        assert env.step(AWAY).action.tolist() == [0, 0, 0, 0] and rig.teleop.driver == "page"  # it waits, he thinks
+        assert hand.leader.torque_on.all()  # the leader follows meanwhile
+        wheel.held = None
+        assert env.step(AWAY).action.tolist() == [0, 0, 0, 0]  # he let go of the wheel: it holds until i
+        wheel.keys = ["intervene"]
+        step = env.step(AWAY)
+        assert not step.by_human and step.action.tolist() == [0.5, 0, 0, 0] and teleop.POLICY_DRIVES in wheel.heard
+
+
+def test_a_key_still_held_on_the_page_does_not_take_over_again_right_after_handing_back():
+    with an_env() as (env, rig):
+        take_the_keys(rig)
+        wheel = Wheel(rig)
+        env.reset()
+        wheel.held = AWAY
+        assert not env.step(STILL).by_human  # held since before the reset: of the episode before
+        wheel.held = STILL
+        env.step(STILL)
+        wheel.held = AWAY
+        assert env.step(STILL).by_human
+        wheel.keys = ["intervene"]
+        assert not any(env.step(STILL).by_human for _ in range(5))
+        wheel.held = STILL
+        assert not env.step(STILL).by_human
+        wheel.held = AWAY
+        assert env.step(STILL).by_human
+
+
+def test_each_way_to_take_over_from_the_page_can_be_switched_off():
+    with an_env() as (env, rig):
+        take_the_keys(rig)
+        wheel = Wheel(rig)
+        rig.teleop.config = TeleopConfig(takeover="key")
+        wheel.held = STILL
+        env.reset()
+        env.step(STILL)
+        wheel.held = AWAY
+        assert not any(env.step(STILL).by_human for _ in range(3))
+        wheel.keys = ["intervene"]
+        assert env.step(STILL).action.tolist() == AWAY.tolist() and rig.teleop.driver == "page"
+        wheel.keys = ["intervene"]
+        assert not env.step(STILL).by_human
+        rig.teleop.config = TeleopConfig(takeover="motion")
+        wheel.held, wheel.keys = STILL, ["intervene"]
+        assert not env.step(STILL).by_human
+        wheel.held = AWAY
+        assert env.step(STILL).by_human
+
+
+def test_a_recording_goes_from_the_leader_to_the_page_and_back_and_nothing_jumps():
+    with an_env() as (env, rig):
+        hand, wheel = take_the_keys(rig), Wheel(rig)
+        env.reset(person_drives=True)
+        drivers, targets = [], [env.target]
+
+        def steps(count):
+            for _ in range(count):
+                assert env.step(STILL).by_human
+                drivers.append(rig.teleop.driver[0])
+                targets.append(env.target)
+
+        for _ in range(4):
+            hand.leader.angle[0] += 0.02
+            steps(1)
+        wheel.held = STILL
+        steps(1)
+        assert hand.leader.torque_on.all()
+        wheel.held = AWAY
+        steps(8)
+        wheel.keys = ["intervene"]  # there is nobody to hand back to
+        steps(1)
+        wheel.held = None
+        steps(2)
+        assert not hand.leader.torque_on.any()
+        assert "".join(drivers) == "llll" + "p" * 10 + "ll"
+        jumps = np.abs(np.diff(targets, axis=0)).max(axis=1)
+        assert jumps[4] < 1e-9 and jumps[5:14] == pytest.approx(0.01, abs=1e-6)  # the page's nine, half a step each
+        assert jumps[14:].max() < 2e-3  # the leader lags 1 cm behind where it was led: that is no motion
+        assert env.target[0] - targets[0][0] == pytest.approx(0.09, abs=0.01)
+
+
+def test_who_drove_from_the_page_and_is_lost_costs_the_episode_and_the_next_one_waits():
+    with an_env() as (env, rig):
+        take_the_keys(rig)
+        wheel = Wheel(rig)
+        env.reset()
+        wheel.held = STILL
+        env.step(STILL)
+        wheel.gone = True
+        step = env.step(AWAY)  # at the wheel, but the policy drives: nothing is lost
+        assert not step.by_human and step.events == frozenset() and not rig.teleop.paused
+        wheel.held = AWAY
+        assert env.step(STILL).by_human
+        wheel.gone = True
+        step = env.step(AWAY)
+        assert step.action.tolist() == [0, 0, 0, 0] and step.events == {"redo"} and rig.teleop.paused
+        assert wheel.heard[-1] == teleop.LOST
+        servos_of(rig.arm).after(9.0, lambda: wheel.keys.append("pause"))
+        began = rig.clock.now()
+        assert env.reset()[1] == {"pause"} and rig.clock.now() - began == pytest.approx(9.0, abs=0.3)
+
+
+def test_without_a_leader_a_recording_begins_when_somebody_takes_the_wheel():
+    """Three episodes in which nobody drives would end record.py."""
+    with open_rig(RigConfig(leader=None), 0) as rig:
+        wheel = Wheel(rig)
+        env = rig.make_env(EnvConfig(random_ee_reset=False), Preprocess(), RewardSpec(), 0)
+        env.reset()  # a policy's episode waits for nobody
+        shown = []
+        env.screen = SimpleNamespace(show=lambda env, observation, step: shown.append(observation))
+        servos_of(rig.arm).after(20.0, lambda: setattr(wheel, "held", STILL))
+        began = rig.clock.now()
+        observation, pressed = env.reset(person_drives=True)
+        assert pressed == frozenset() and rig.clock.now() - began == pytest.approx(20.0, abs=0.3)
+        assert teleop.NOBODY_DRIVES in wheel.heard and rig.teleop.driver == "page"
+        assert len(shown) == 2 and shown[0].time < shown[1].time - 10 and shown[1] is observation
+        assert not observation.state[6:12].any() and env.step(STILL).by_human
+        wheel.held = None
+        servos_of(rig.arm).after(12.0, lambda: wheel.keys.append("quit"))
+        assert env.reset(person_drives=True)[1] == {"quit"} and not rig.teleop.driving
+
+
+def test_keys_of_the_page_and_of_the_terminal_are_one():
+    with an_env() as (env, rig):
+        hand, wheel = take_the_keys(rig), Wheel(rig)
+        env.reset()
+        hand.keys, wheel.keys = ["success"], ["end", "success"]
+        assert env.step(STILL).events == {"success", "end"}
+        wheel.keys = ["pause"]
+        env.step(STILL)
+        assert rig.teleop.paused and teleop.PAUSED in wheel.heard and teleop.PAUSED in hand.heard
+        hand.keys = ["pause"]
+        env.step(STILL)
+        assert not rig.teleop.paused and wheel.heard[-1] == teleop.GOES_ON
+        wheel.keys = ["failure"]
+        assert env.reset()[1] == {"failure"} and rig.teleop.afterwards == {"failure"}
+        assert env.reset()[1] == rig.teleop.afterwards == frozenset()
+        wheel.keys = ["quit"]
+        assert rig.teleop.quits() and env.reset()[1] == {"quit"}
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def driving(monkeypatch):
 
     def run(keys, seconds=3.0):
         @contextmanager
-        def rigged(config, seed, page=None):
+        def rigged(config, seed, page=None, flights=None):
             with open_rig(config, seed, page) as rig:
                 run.rig, rig.teleop.keys = rig, Scripted(rig.teleop.keys, keys)
                 rig.cameras = {"wrist": FaultyCamera(())}

@@ -24,7 +24,17 @@ from so101.errors import ConfigError, DataError
 from so101.learn.eyes import Eyes
 from so101.schema import Preprocess
 from so101.web.label_page import LabelPage, _plain, why_read_only
-from so101.web.server import MOST_BYTES, PATIENCE, STRANGER_PATIENCE, Request, Server, _Handler, as_json
+from so101.web.server import (
+    MOST_BYTES,
+    PATIENCE,
+    STRANGER_PATIENCE,
+    Request,
+    Server,
+    Stream,
+    _Handler,
+    as_json,
+    to_json,
+)
 
 
 class Client:
@@ -228,6 +238,73 @@ def test_large_text_is_compressed_for_who_takes_it() -> None:
         assert answer.headers["Content-Encoding"] == "gzip" and len(content) < 2000
         assert json.loads(gzip.decompress(content)) == ["unlabelled"] * 5000
         assert client.get("large") == ["unlabelled"] * 5000
+
+
+def test_a_stream_comes_as_it_is_made_and_ends_with_its_connection(capfd: pytest.CaptureFixture[str]) -> None:
+    go_on, left = threading.Event(), threading.Event()
+
+    def parts() -> Iterator[bytes]:
+        try:
+            yield b"first"
+            assert go_on.wait(5)
+            yield b"second"
+        finally:
+            left.set()
+
+    def endless() -> Iterator[bytes]:
+        left.clear()
+        try:
+            while True:
+                yield b"x" * 100_000
+        finally:
+            left.set()
+
+    def broken() -> Iterator[bytes]:
+        yield b"first"
+        raise ZeroDivisionError("one by nought")
+
+    routes = {
+        f"GET {make.__name__}": lambda request, make=make: Stream(make(), "text/plain")
+        for make in (parts, endless, broken)
+    }
+    with serving(routes) as client:
+        client.wire.request("GET", f"/{client.token}/parts")
+        answer = client.wire.getresponse()
+        assert answer.read(5) == b"first"  # before the second is made
+        assert answer.headers["Cache-Control"] == "no-store" and answer.headers["Content-Length"] is None
+        go_on.set()
+        assert answer.read() == b"second" and left.wait(5)
+        with socket.create_connection(("127.0.0.1", int(client.host.split(":")[1]))) as wire:
+            wire.sendall(f"GET /{client.token}/endless HTTP/1.1\r\nHost: {client.host}\r\n\r\n".encode())
+            assert wire.recv(1000)
+        assert left.wait(5)  # who goes away ends it, and that is no error
+        assert capfd.readouterr() == ("", "")
+        client.wire.request("GET", f"/{client.token}/broken")
+        assert client.wire.getresponse().read() == b"first"
+        assert wait_for(lambda: "one by nought" in capfd.readouterr().err)  # the terminal shows where it is
+        client.wire.request("GET", f"/{client.token}/parts")
+        assert client.wire.getresponse().read() == b"firstsecond"
+
+
+def test_beside_a_program_it_serves_while_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with Server({"GET echo": lambda request: as_json(request.query)}) as server:
+        client = Client(server)
+        with pytest.raises(ZeroDivisionError), server.beside(open_browser=False):
+            assert client.get("echo?a=1") == {"a": "1"}
+            assert server.address in capsys.readouterr().out
+            raise ZeroDivisionError
+        client.wire.close()
+        assert "page" not in [thread.name for thread in threading.enumerate() if thread.is_alive()]
+
+
+def test_json_has_plain_numbers_and_null_for_what_is_none() -> None:
+    values = {
+        "array": np.array([1 / 3, np.nan, -np.inf], np.float32), "number": np.int64(3), "flag": np.bool_(True),
+        "plain": [float("nan"), 0.123456, "NaN"], "whole": np.arange(3),
+    }  # fmt: skip
+    assert json.loads(to_json(values), parse_constant=lambda name: 1 / 0) == {
+        "array": [0.3333, None, None], "number": 3, "flag": 1, "plain": [None, 0.123456, "NaN"], "whole": [0, 1, 2],
+    }  # fmt: skip
 
 
 # ---- the label page

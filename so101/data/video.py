@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -299,6 +299,29 @@ def read_frame(path: Path, index: int) -> np.ndarray:
         if len(_readers) > OPEN_READERS:
             _readers.popitem(last=False)[1].close()
         return reader.frame(index)
+
+
+def join_videos(parts: Sequence[Path], path: Path) -> None:
+    """Put videos that were encoded alike into one, one after the other, without encoding anew.
+
+    Raises UserError where that fails; `path` may then hold some of it.
+    """
+    try:
+        with av.open(str(path.absolute()), "w", format="mp4") as whole:
+            stream, began = None, 0
+            for part in parts:
+                with av.open(str(part.absolute())) as source:
+                    own = source.streams.video[0]
+                    stream = stream or whole.add_stream_from_template(own)
+                    for packet in source.demux(own):
+                        if packet.pts is not None and packet.dts is not None:
+                            packet.pts, packet.dts = packet.pts + began, packet.dts + began
+                            packet.stream = stream
+                            whole.mux(packet)
+                    began += own.duration or 0
+    except (OSError, av.error.FFmpegError, IndexError, ValueError) as error:
+        raise UserError(f"{path}: {len(parts)} clips could not be joined: {error}") from error
+    sync_file(path)
 
 
 def count_frames(path: Path) -> int:

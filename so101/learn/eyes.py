@@ -49,6 +49,7 @@ class Eyes:
         self._recent: deque[torch.Tensor] = deque(maxlen=frames)
         self._newest: np.ndarray | None = None  # the frames of the newest of them
         self.detector = load_reward(reward_model, schema, self.trunk_hash)
+        self.probability: float | None = None  # of success, of the newest frame that `update` saw in this episode
 
     def features(self, observation: Looked) -> torch.Tensor:
         """The unshifted view's features (cameras, 512, h, w) float16, which policy and classifier use."""
@@ -81,11 +82,11 @@ class Eyes:
         require_trunk(other, self.trunk_hash, "weights")
 
     def reset(self) -> None:
-        """An episode begins. Its newest frame's `probability` of success is known after `update`."""
+        """An episode begins."""
         self._recent.clear()
         self._newest = None
         self.detector.reset()
-        self.probability: float | None = None
+        self.probability = None
 
     @property
     def threshold(self) -> float:

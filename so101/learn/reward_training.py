@@ -113,15 +113,18 @@ def train_classifier(
     config: RewardConfig,
     progress: Progress | None = None,
     draw: Callable[[np.ndarray], Tensor] | None = None,
+    training: np.ndarray | None = None,
 ) -> Trained:
     """Train on some episodes, choose the threshold on the others.
 
     features (N, 1 + views, cameras, 512, h, w) on the device to train on, labels (N,) bool, episode_ids (N,),
     states (N, 18); an episode's frames are in order of time. `draw` gives the features (B, cameras, 512, h, w) of
-    a batch of frames; None: any of their views here. Raises DataError where the episodes are too few.
+    a batch of frames; None: any of their views here. `training` (N,) bool says which frames to train on; None: those
+    of `training_frames`. Raises DataError where the episodes are too few.
     """
     labels = labels.astype(bool)  # of 0.0 and 1.0 too, whose ~ would be no opposite
-    training = training_frames(labels, episode_ids, config)
+    if training is None:
+        training = training_frames(labels, episode_ids, config)
     train, held = np.flatnonzero(training), np.flatnonzero(~training)
     if labels[train].all() or labels[held].all():
         raise DataError("reward data: every frame is a success; label where each success starts")

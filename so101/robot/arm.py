@@ -64,6 +64,9 @@ class Arm:
         self._low, self._high = calibration.limits()
         self.held: dict[str, tuple[float, float]] = {}
         self._outages = bus.outages
+        # Who looks on, the flight recorder say.
+        self.on_read: Callable[[Reading], object] = lambda reading: None
+        self.on_command: Callable[[np.ndarray], object] = lambda goals: None
 
     @property
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +131,7 @@ class Arm:
         def column(register: str) -> np.ndarray:
             return np.array([servos[servo_id][register] for servo_id in self._ids])
 
-        return Reading(
+        reading = Reading(
             position=self.calibration.to_position(column("Present_Position")),
             velocity=self.calibration.velocity(column("Present_Velocity")),
             load=column("Present_Load") / 1000,
@@ -137,6 +140,8 @@ class Arm:
             status=column("Status"),
             current=column("Present_Current") * 0.0065,
         )
+        self.on_read(reading)
+        return reading
 
     def require_torque(self) -> None:
         """SafetyStop, naming them, where driven joints are limp: a servo that lost its power comes back so."""
@@ -165,6 +170,7 @@ class Arm:
         ticks = self.calibration.to_ticks(goals)
         self.bus.sync_write("Goal_Position", dict(zip(self._ids, ticks.tolist(), strict=True)))
         self.commanded = goals
+        self.on_command(goals)
         for name in freed:
             self._set_torque_limit(name, self.bus.read(self._id(name), "Max_Torque_Limit"))
             del self.held[name]
@@ -190,6 +196,7 @@ class Arm:
         goals[joint] = np.clip(goal, self._low[joint], self._high[joint])
         self.bus.write(self._id(name), "Goal_Position", int(self.calibration.to_ticks(goals)[joint]))
         self.commanded = goals
+        self.on_command(goals)
 
     def loosen(self) -> None:
         """Joints of the arm that hold may be commanded again: from where they are now, at their reduced torque."""

@@ -19,7 +19,7 @@ from so101.timing import Clock
 
 LIFT_Z = 0.12  # m; above the cube and the clutter around it, within reach of every x in the workspace
 EASE_SPEED = 1.0  # rad/s; a fifth of what the servos could do
-EASE_PERIOD = 0.05  # s
+EASE_PERIOD = 0.04  # s; two of the simulation's substeps
 EASE_LAG = 0.3  # rad; a free joint is 0.15 behind, and at 0.37 its servo gives all that it has
 AT_REST = 0.15  # rad; a sagging arm rests this near to its commanded rest pose
 SUPPORT_S = 30.0  # for somebody to take hold of an arm that could not be brought to rest

@@ -70,6 +70,7 @@ YOU_DRIVE = Cue("takeover", "you drive", (660, 880))
 POLICY_DRIVES = Cue("takeover", "the policy drives", (880, 660))
 PAUSED = Cue("pause", "paused after this episode: press p to go on", (440, 330, 440))
 GOES_ON = Cue("pause", "goes on", (440, 550))
+NOBODY_DRIVES = Cue("pause", "nobody drives: press d on the page, and it begins", (440, 440))
 LOST = Cue("pause", "the page was lost while it drove: the episode is dropped; press p to go on", (440, 330, 440))
 DROPPED = Cue("dropped", "episode dropped: {}", (330, 262))
 STOPPED = Cue("fault", "the arm was stopped", (880, 220, 880, 220))
@@ -131,7 +132,7 @@ class Pendant(Protocol):
         """The action (4,) that is held there now, zero where nothing is; None where nobody is to drive from there."""
 
     def lost(self) -> bool:
-        """Whether who was to drive from there went away without a word; said once."""
+        """Whether who was to drive from there went away without a word; said once, then there is nobody."""
 
 
 class TerminalKeys:
@@ -279,8 +280,11 @@ class Teleop:
         self.driver: Literal["policy", "leader", "page"] = "policy"
         self.recording = False  # the person drives all the time: there is nobody to hand back to
         self.paused = False
+        self.afterwards: frozenset[str] = frozenset()  # pressed in the last reset: of the episode before it
+        self.note: Callable[[str, str], object] = lambda kind, what: None  # who looks on, the flight recorder say
         self._kept: frozenset[str] = frozenset()
         self._caught_up = False  # the leader has been where the follower is since the hand-back
+        self._let_go = True  # nothing was held on the page at some time since the hand-back
         self._ticks_held = np.zeros(5, int)  # by joint, for how long it has been kept from following
         self._offset = np.zeros(3)
         self._openings: tuple[list[float], list[float]] = ([0.0, 1.0], [0.0, 1.0])  # leader's -> follower's
@@ -289,6 +293,11 @@ class Teleop:
     def driving(self) -> bool:
         """Whether the person drives."""
         return self.driver != "policy"
+
+    @property
+    def manned(self) -> bool:
+        """Whether an episode that a person drives may begin: without a leader somebody must be at the page's wheel."""
+        return self.leader is not None or self.pendant is None or self.pendant.hand() is not None
 
     def take_over(self, target: np.ndarray, opening: float, gripper_reach: tuple[float, float]) -> None:
         """The person drives the whole episode; the leader's pose now means the present target and opening.
@@ -301,7 +310,8 @@ class Teleop:
 
     def hand_back(self) -> None:
         """The policy drives from here; `follow` makes the leader track again."""
-        self.driver, self.recording, self._caught_up = "policy", False, False
+        self.driver, self.recording, self._caught_up, self._let_go = "policy", False, False, False
+        self.afterwards = frozenset()
         self._ticks_held[:] = 0
 
     def place_object(self, clock: Clock, seconds: float, look: Callable[[], object]) -> frozenset[str]:
@@ -329,6 +339,7 @@ class Teleop:
             look()
             events |= self._pressed()
         self._ticks_held[:] = 0  # a hand that held the leader during the reset does not yet want to drive
+        self.afterwards |= events
         return events
 
     def quits(self) -> bool:
@@ -348,9 +359,15 @@ class Teleop:
         tick's reach stays as the distance that the next ticks close, so fast motion is not lost.
         """
         events = self._pressed()
+        if self.pendant is not None and self.pendant.lost() and self.driver == "page":
+            self.paused = True
+            self.hear(LOST)
+            return HumanInput(np.zeros(4), events | {"redo"})
         hand = None if self.pendant is None else self.pendant.hand()
+        held = hand is not None and bool(hand.any())
+        self._let_go = self._let_go or not held
         keyed = "intervene" in events and not self.recording
-        moved = self._ticks_held.max() >= self.config.push_ticks or (hand is not None and hand.any())
+        moved = self._ticks_held.max() >= self.config.push_ticks or (held and self._let_go)
         if self.recording and self.leader and (self.driver == "page") != (hand is not None):
             self._drive(target, opening, gripper_reach)  # from the leader to the page, or back
         elif self.driving and keyed:
@@ -362,10 +379,6 @@ class Teleop:
             self._drive(target, opening, gripper_reach)
             if self.driving:
                 self.hear(YOU_DRIVE)
-        if self.driver == "page" and self.pendant is not None and self.pendant.lost():
-            self.paused = True
-            self.hear(LOST)
-            events |= {"redo"}
         if self.driver == "page":
             return HumanInput(np.zeros(4) if hand is None else hand, events)
         if self.leader is None or not self.driving:
@@ -402,6 +415,7 @@ class Teleop:
 
     def hear(self, cue: Cue) -> None:
         """Tell the person one of the cues."""
+        self.note("cue", cue.text)
         self.keys.hear(cue)
         if self.pendant is not None:
             self.pendant.hear(cue)
@@ -439,6 +453,8 @@ class Teleop:
     def _pressed(self) -> frozenset[str]:
         """The keys since the last look; the pause key acts here, whatever the program is doing."""
         events = frozenset(self.keys.poll() + ([] if self.pendant is None else self.pendant.poll()))
+        for event in events:
+            self.note("key", event)
         if "pause" in events:
             self.paused = not self.paused
             self.hear(PAUSED if self.paused else GOES_ON)

@@ -17,7 +17,7 @@ from so101.robot.kinematics import jaw_pose
 from so101.sim.contact import CUBE_CORNERS
 from so101.sim.fingers import FIXED_FINGER, FIXED_PLANES, JAW_PLANES, MOVING_JAW
 from so101.sim.table import LEVELS_PER_E, PALETTE, TABLE_X, TABLE_Y, TEXEL, wood
-from so101.sim.world import Light
+from so101.sim.world import Light, World
 from so101.timing import Clock
 
 # The camera in gripper_link, from the pick-101 project's calibrated model (MIT licence): in front of the
@@ -78,6 +78,14 @@ class Scene(NamedTuple):
     cube_rotation: np.ndarray  # (3, 3)
     cube_size: float
     light: Light
+
+
+def scene_of(world: World) -> Scene:
+    """The world as it is now. What the scene holds is never changed in place, so another thread may draw it."""
+    return Scene(
+        world.gripper_position, world.gripper_rotation, world.jaw_angle,
+        world.cube_position, world.cube_rotation, world.config.cube_size, world.light,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

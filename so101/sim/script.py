@@ -1,4 +1,4 @@
-"""What goes wrong with a simulated arm, and what a hand does to it, as events at given times.
+"""What goes wrong with a simulated arm, and what a hand does to it and to the cube, as events at given times.
 
 An event is a line of JSON such as {"after": 1.0, "fault": "vanish", "ids": [4], "seconds": 0.5}. The time is that
 of the servos: simulated where a simulated clock moves them, real where so101.tools.serve_sim does.
@@ -18,6 +18,8 @@ from so101.robot.feetech import REGISTERS, decode_value
 from so101.robot.kinematics import jaw_angle
 from so101.schema import JOINTS
 from so101.sim.servos import FAULTS, Faults, SimPort, SimServos
+from so101.sim.table import TABLE_X, TABLE_Y
+from so101.sim.world import World
 from so101.timing import SUBSTEP
 
 Fault = Literal[
@@ -38,7 +40,7 @@ NEEDS_VALUE = ("voltage", "temperature", "register", "replies", "slow")
 
 @dataclass
 class Event:
-    """One thing that happens: a fault, a movement by hand, or motors plugged into the chain."""
+    """One thing that happens: a fault, a movement by hand, motors plugged into the chain, or a cube put down."""
 
     after: float = option(0.0, "seconds from now")
     seconds: float | None = option(None, "how long a fault lasts (null: for good), or a movement takes (null: none)")
@@ -50,14 +52,23 @@ class Event:
     kinds: list[str] = option(list(FAULTS), "for the fault replies: what happens to them")
     move: dict[str, float] | None = option(None, "joints without torque go to these angles in rad (gripper: opening)")
     plug: list[str] | None = option(None, "only the motors of these joints are in the chain and have power")
+    cube: list[float] | None = option(
+        [], "put the cube down at x y in m, turned by so many rad; null: somewhere in its field; []: let it be"
+    )
 
     def __post_init__(self) -> None:
         most = float("inf")
         require_within(self, after=(0, most))
         if self.seconds is not None:
             require_within(self, seconds=(0, most))
-        if sum(what is not None for what in (self.fault, self.move, self.plug)) != 1:
-            raise ConfigError("an event is one fault, one move or one plug")
+        if sum([*(what is not None for what in (self.fault, self.move, self.plug)), self.cube != []]) != 1:
+            raise ConfigError("an event is one fault, one move, one plug or one cube")
+        if self.cube:
+            (nearest, farthest), (right, left) = TABLE_X, TABLE_Y
+            x, y, _ = self.cube if len(self.cube) == 3 else (most, most, most)
+            if not (nearest <= x <= farthest and right <= y <= left):
+                where = f"on the table, x {nearest} .. {farthest} and y {right} .. {left}"
+                raise ConfigError(f"cube: got {self.cube}, must be x y in m {where}, and rad; or null")
         if self.fault in NEEDS_VALUE and self.value is None:
             raise ConfigError(f"value: the fault {self.fault!r} needs one")
         if (self.fault == "register") != (self.register in REGISTERS):
@@ -84,12 +95,21 @@ def read_event(line: str) -> Event:
     return from_dict(Event, values, "script")
 
 
-def play(event: Event, port: SimPort) -> None:
-    """Let `event` happen to `port` and the servos behind it, `event.after` seconds of their time from now."""
+def play(event: Event, port: SimPort, world: World | None = None) -> None:
+    """Let `event` happen to `port` and the servos behind it, `event.after` seconds of their time from now.
+
+    Raises ConfigError where it is about a cube and there is no `world`.
+    """
     servos = port.servos
+    if event.cube != [] and world is None:
+        raise ConfigError("script: there is no cube; start with camera=true")
 
     def begin() -> None:
         end = _begin(event, port)
+        if event.cube != [] and world is not None:
+            world.reset()
+            if event.cube is not None:
+                world.place_cube(*event.cube)
         if event.fault is not None and event.seconds is not None:
             servos.after(event.seconds, end)
 

@@ -83,7 +83,8 @@ class SimServos:
     JAW_CLOSED .. JAW_OPEN), and may be corrected after a step (a jaw that met a cube), which then shows
     as position error and load; `load_torque` (6,) Nm is what pulls on each joint; `torque_on` (6,) tells
     which are driven. `voltage` (6,) V and `condition` (6,) bits of feetech.STATUS_BITS can be set too, and
-    `present`, which servos are on the line. `now` is the s that `step` has let pass.
+    `present`, which servos are on the line. `now` is the s that `step` has let pass, `ordered_at` what it was
+    when a goal was last written.
 
     `factory` makes servos as they come in the box: all with id 1, no homing offset, limits 0 .. 4095.
     A load above Overload_Torque for Protection_Time latches an overload: Protective_Torque is all that the
@@ -112,7 +113,7 @@ class SimServos:
         stops = (ends + offsets - self._encoder_at_zero) * self._rad_per_tick
         self._stops = self._stop_low, self._stop_high = stops.min(axis=0), stops.max(axis=0)
 
-        self.now = 0.0
+        self.now = self.ordered_at = 0.0
         self.present = [True] * 6
         self._agenda: list[tuple[float, int, Callable[[], object]]] = []  # a heap
         self._order = count()  # of what falls due at the same time
@@ -233,6 +234,8 @@ class SimServos:
         """Write into servo `index`. Read-only bytes stay; locked EPROM changes until the power goes."""
         memory = self._memory[index]
         unlocked = memory[REGISTERS["Lock"].address] == 0
+        if address <= REGISTERS["Goal_Position"].address < address + len(data):
+            self.ordered_at = self.now
         for at, byte in enumerate(data, start=address):
             if at in WRITABLE:
                 memory[at] = byte

@@ -1,8 +1,8 @@
 """Move the arm slowly to a pose, show where it got to, and bring it back to rest.
 
-    python -m so101.tools.goto                                     the simulated arm, to home
-    python -m so101.tools.goto rig=configs/rig.json pose=rest
-    python -m so101.tools.goto "pose=[0,-0.5,0.6,1.2,1.57,0.5]"    five joints in rad, and the opening
+python -m so101.tools.goto                                     the simulated arm, to home
+python -m so101.tools.goto rig=configs/rig.json pose=rest
+python -m so101.tools.goto "pose=[0,-0.5,0.6,1.2,1.57,0.5]"    five joints in rad, and the opening
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import numpy as np
 from so101.config import launch, option, require_within
 from so101.env import EnvConfig, straight_down_at
 from so101.errors import ConfigError
-from so101.rig import RigConfig, open_rig, require_reachable
+from so101.rig import TOOL_FLIGHTS, RigConfig, open_rig, require_reachable
 from so101.robot.kinematics import TIP_BELOW_TOOL, forward
 from so101.robot.safety import EASE_PERIOD, Watchdog, ease_to, lift
 from so101.schema import JOINTS
@@ -37,7 +37,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Go there by way of LIFT_Z, and back to rest. Raises SafetyStop when something is in the way."""
-    with open_rig(config.rig, 0) as rig:
+    with open_rig(config.rig, 0, flights=TOOL_FLIGHTS) as rig:
         low, high = rig.arm.limits
         if config.pose == "rest":
             goal = np.array(config.rig.follower.rest)

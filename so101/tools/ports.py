@@ -1,7 +1,7 @@
 """List the serial ports of this machine, and tell which arm is on which.
 
-    python -m so101.tools.ports                  what is there
-    python -m so101.tools.ports wiggle=true      move a joint of one arm by hand: its line for the config
+python -m so101.tools.ports                  what is there
+python -m so101.tools.ports wiggle=true      move a joint of one arm by hand: its line for the config
 """
 
 import json

@@ -18,7 +18,7 @@ from so101.data.dataset import Dataset, open_dataset
 from so101.data.lint import START_TOLERANCE
 from so101.env import HOME_TILT, Env, EnvConfig
 from so101.errors import ConfigError, DataError
-from so101.rig import RigConfig, describe_task, open_rig
+from so101.rig import TOOL_FLIGHTS, RigConfig, describe_task, open_rig
 from so101.robot.kinematics import TIP_BELOW_TOOL
 from so101.runlog import Progress
 from so101.schema import ACTION, OPENING, STATE, TOOL_XYZ, Preprocess, RewardSpec, require_same
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     schema = describe_task(config.rig, config.env, config.preprocess)
     recording = read_recording(dataset, config.episode, schema)
     geometry = begin_at(config.env, recording)
-    with open_rig(replace(config.rig, leader=None), config.seed) as rig:
+    with open_rig(replace(config.rig, leader=None), config.seed, flights=TOOL_FLIGHTS) as rig:
         env = rig.make_env(geometry, config.preprocess, RewardSpec(), config.seed, success_ends=False)
         print(f"{recording.name}: {len(recording.actions)} actions at {geometry.fps:g} Hz; to its start", flush=True)
         observation, pressed = env.reset()

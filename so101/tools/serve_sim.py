@@ -1,8 +1,15 @@
-"""Puts a simulated arm on a pseudo-terminal, in real time, so that any program can talk to it.
+"""Put a simulated workplace on this machine, in real time, so that any program can work at it.
 
-Prints the path of the follower's port, then with leader=true that of the leader's, each on a line of its own, and
-runs until it is stopped. The calibration that both arms hold lies beside the ports, as calibration.json.
-`python -m so101.tools.serve_sim leader=true`
+    python -m so101.tools.serve_sim leader=true camera=true folder=sim_arm
+    python record.py rig=sim_arm/rig.json page=true              in another terminal; and so every other script
+
+Prints the path of the follower's port, then with leader=true that of the leader's, and with camera=true the address
+of the wrist camera's stream, each on a line of its own, and runs until it is stopped. In the folder lie the ports, the
+calibration that both arms hold, as calibration.json, and with camera=true rig.json, which names all of it.
+
+The camera sees a table with a cube, which the follower can push, grasp and lift. Somebody puts the cube back: whenever
+the arm has been at work and then waits over the table with an open gripper, as a reset does, it is put down anew and
+the light changes a little; place=false leaves that to a line on stdin.
 
 Each line of JSON on stdin is something that happens, at once or `after` some seconds (so101/sim/script.py lists
 all there is):
@@ -11,11 +18,15 @@ all there is):
   {"fault": "unplug", "seconds": 2}                                the adapter is pulled out and put back
   {"fault": "replies", "value": 0.02, "kinds": ["drop", "late"]}   1 reply in 50 is lost or late from now on
   {"arm": "leader", "move": {"shoulder_pan": 0.5}, "seconds": 1}   a hand turns the leader, which is limp
+  {"cube": null}                                                   the cube is put down anew, and the light changes
+  {"cube": [0.25, 0.01, 0.3]}                                      the same at x y in m, turned by 0.3 rad
 
 factory=true serves motors as they come in the box, all with id 1 and never calibrated; only the gripper's is
-connected, and the person exchanges it with a line such as {"plug": ["wrist_roll"]}, or connects several.
+connected, and the person exchanges it with a line such as {"plug": ["wrist_roll"]}, or connects several. Then
+rig.json names the calibrations that are still to be made, follower.json and leader.json beside it.
 """
 
+import json
 import os
 import select
 import signal
@@ -23,25 +34,37 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from so101.config import launch, option, require_within
-from so101.errors import ConfigError, HardwareError
+from so101.errors import ConfigError, DataError, HardwareError
+from so101.files import write_atomic
 from so101.rig import ArmConfig
 from so101.robot.calibration import save_calibration
 from so101.robot.kinematics import jaw_angle
 from so101.schema import JOINTS
+from so101.sim.camera import CameraConfig, SimCamera, scene_of
 from so101.sim.script import play, read_event
 from so101.sim.servos import BAUDS, SIM_CALIBRATION, Faults, SimPort, SimServos
-from so101.timing import SUBSTEP, Clock
+from so101.sim.world import CLEAR_HEIGHT, World, WorldConfig
+from so101.timing import SUBSTEP, Clock, Rate
+from so101.web.server import Request, Server, Stream, as_jpeg
 
 if os.name == "posix":
     import termios
     import tty
+
+
+CAMERA, STREAM, BOUNDARY = "wrist", "wrist.mjpg", "frame"
+CAMERA_FPS = 30
+JPEG_QUALITY = 90
+LEFT_ALONE_S = 0.5  # s without a goal: an episode sends one every 0.1 s, a reset none while the cube is placed
+OPEN = 0.3  # of the gripper's opening, from where on nothing is held
 
 
 @dataclass
@@ -49,35 +72,91 @@ class Config:
     """What the command line can set."""
 
     leader: bool = option(False, "serve a leader too")
+    camera: bool = option(False, "serve the wrist camera too, and put the table with the cube under the follower")
+    folder: str | None = option(None, "new folder for ports and files, removed at the end; null: one in the system's")
     factory: bool = option(False, "motors as they come in the box, only the gripper's connected")
     fault_rate: float = option(0.0, "fraction of the replies that are lost, damaged or late, 0 .. 1")
+    place: bool = option(True, "put the cube down anew whenever the arm waits over the table with an open gripper")
+    port: int = option(0, "port of the camera's stream on 127.0.0.1; 0: a free one")
+    seed: int = option(0, "of the cube's places, the light and the faults")
+    world: WorldConfig = option(WorldConfig(), "the table and its cube")
+    sim_camera: CameraConfig = option(CameraConfig(), "the camera")
 
     def __post_init__(self) -> None:
-        require_within(self, fault_rate=(0, 1))
+        require_within(self, fault_rate=(0, 1), port=(0, 65_535), seed=(0, 2**31))
 
 
 def main(config: Config) -> None:
-    """Serve until Ctrl-C or SIGTERM. HardwareError without pseudo-terminals, ConfigError for a line not understood."""
+    """Serve until Ctrl-C or SIGTERM.
+
+    Raises HardwareError without pseudo-terminals, ConfigError for a line not understood, DataError where the folder is
+    there already.
+    """
     if os.name != "posix":
         raise HardwareError("serve_sim: this system has no pseudo-terminals; Linux and macOS have them")
     signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # in the background of a shell there is no stdin to read
     clock, stop = Clock(), threading.Event()
-    ports: dict[str, SimPort] = {}
-    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="so101-") as folder:
+    names = ("follower", "leader") if config.leader else ("follower",)
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
+        folder = stack.enter_context(_own_folder(config.folder))
         if not config.factory:
-            save_calibration(Path(folder, "calibration.json"), SIM_CALIBRATION)
-        for seed, name in enumerate(("follower", "leader") if config.leader else ("follower",)):
-            ports[name] = port = _new_arm(config, seed)
-            terminal = Terminal(Path(folder, name))
+            save_calibration(folder / "calibration.json", SIM_CALIBRATION)
+        ports = {name: _new_arm(config, seed) for seed, name in enumerate(names, config.seed)}
+        table = Table(config, ports["follower"].servos) if config.camera else None
+        for name, port in ports.items():
+            terminal = Terminal(folder / name)
             print(terminal.path, flush=True)
-            threading.Thread(target=serve, args=(terminal, port, port.servos, clock, stop), daemon=True).start()
+            under = table if name == "follower" else None
+            arguments = (terminal, port, port.servos, clock, stop, under)
+            threading.Thread(target=serve, args=arguments, daemon=True).start()
+        if table is not None:
+            film = Film(config, table, clock)
+            server = stack.enter_context(Server({f"GET {STREAM}": film.stream}, config.port))
+            for work in (server.serve_forever, film.run):
+                threading.Thread(target=work, daemon=True).start()
+            stream = server.address + STREAM
+            write_atomic(folder / "rig.json", json.dumps(_rig(config, folder, stream), indent=2) + "\n")
+            print(stream, flush=True)
         with suppress(OSError):
             for line in sys.stdin or ():
                 event = read_event(line)
                 if event.arm not in ports:
                     raise ConfigError("script: there is no leader; start with leader=true")
-                play(event, ports[event.arm])
+                play(event, ports[event.arm], table.world if table is not None else None)
         stop.wait()
+
+
+@contextmanager
+def _own_folder(wanted: str | None) -> Iterator[Path]:
+    """The folder of the ports, gone with what it holds at the end."""
+    if wanted is not None and os.path.lexists(wanted):
+        raise DataError(f"{wanted}: exists already; name another with folder=, or remove what an earlier one left")
+    with tempfile.TemporaryDirectory(prefix="so101-") as own:
+        if wanted is None:
+            yield Path(own)
+            return
+        folder = Path(wanted).absolute()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(own)
+        try:
+            yield folder
+        finally:
+            folder.unlink(missing_ok=True)
+
+
+def _rig(config: Config, folder: Path, stream: str) -> dict[str, object]:
+    """A script's `rig`: what is served here, by the fields of RigConfig."""
+
+    def arm(name: str) -> dict[str, str]:
+        calibration = f"{name}.json" if config.factory else "calibration.json"
+        return {"port": str(folder / name), "calibration": str(folder / calibration)}
+
+    camera = {"source": stream, "width": config.sim_camera.width, "height": config.sim_camera.height}
+    return {
+        "follower": arm("follower"),
+        "leader": arm("leader") if config.leader else None,
+        "cameras": {CAMERA: {**camera, "fps": CAMERA_FPS}},
+    }
 
 
 def _new_arm(config: Config, seed: int) -> SimPort:
@@ -86,6 +165,78 @@ def _new_arm(config: Config, seed: int) -> SimPort:
     if config.factory:
         servos.present[:] = [name == "gripper" for name in JOINTS]
     return SimPort(servos, Faults(np.random.default_rng(seed), config.fault_rate) if config.fault_rate else None)
+
+
+class Table:
+    """The world under the follower. The thread that moves the follower calls `step`; any other may draw `scene`."""
+
+    def __init__(self, config: Config, servos: SimServos) -> None:
+        self.world = World(config.world, servos, np.random.default_rng(config.seed))
+        self.scene = scene_of(self.world)
+        self._servos, self._places, self._placed_at = servos, config.place, 0.0
+
+    def step(self, dt: float) -> None:
+        """Carry on from the servos' new angles, and put the cube back when the arm waits for that."""
+        self.world.step(dt)
+        if self._places and self._servos.ordered_at > self._placed_at and self._waits():
+            self._placed_at = self._servos.now
+            self.world.reset()
+        self.scene = scene_of(self.world)
+
+    def _waits(self) -> bool:
+        """Whether the arm holds still over the table with an open gripper, and was given no goal for a while."""
+        world, servos = self.world, self._servos
+        return bool(
+            servos.now - servos.ordered_at > LEFT_ALONE_S
+            and servos.torque_on.all()
+            and world.gripper_position[2] > CLEAR_HEIGHT + world.config.cube_size
+            and world.jaw_angle > jaw_angle(OPEN)
+        )
+
+
+class Film:
+    """The wrist camera's frames as JPEG, drawn while somebody watches, once for all who do."""
+
+    def __init__(self, config: Config, table: Table, clock: Clock) -> None:
+        rng = np.random.default_rng(config.seed)
+        self._camera = SimCamera(config.sim_camera, lambda: table.scene, clock, rng)
+        self._clock, self._changed = clock, threading.Condition()
+        self._frame, self._number, self._watchers = b"", 0, 0
+
+    def run(self) -> None:
+        """The camera's thread."""
+        rate = Rate(self._clock, 1 / CAMERA_FPS)
+        while True:
+            with self._changed:
+                if not self._watchers:
+                    self._changed.wait_for(lambda: self._watchers)
+                    rate.restart()
+            frame = as_jpeg(self._camera.latest()[0], JPEG_QUALITY).content
+            with self._changed:
+                self._frame, self._number = frame, self._number + 1
+                self._changed.notify_all()
+            rate.wait()
+
+    def stream(self, request: Request) -> Stream:
+        """What a network camera sends: one JPEG after the other, until the other end goes away."""
+        return Stream(self._parts(), f"multipart/x-mixed-replace; boundary={BOUNDARY}")
+
+    def _parts(self) -> Iterator[bytes]:
+        seen = self._number
+        with self._changed:
+            self._watchers += 1
+            self._changed.notify_all()
+        try:
+            while True:
+                with self._changed:
+                    while self._number == seen:
+                        self._changed.wait()
+                    frame, seen = self._frame, self._number
+                head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(frame)}\r\n\r\n"
+                yield head.encode() + frame + b"\r\n"
+        finally:
+            with self._changed:
+                self._watchers -= 1
 
 
 class Terminal:
@@ -117,14 +268,23 @@ class Terminal:
         return next((baud for baud in BAUDS if getattr(termios, f"B{baud}", baud) == speed), 0)
 
 
-def serve(terminal: Terminal, port: SimPort, servos: SimServos, clock: Clock, stop: threading.Event) -> None:
-    """Pass bytes between `terminal` and `port`, plugged in or not; move `servos` in step with `clock`."""
+def serve(
+    terminal: Terminal,
+    port: SimPort,
+    servos: SimServos,
+    clock: Clock,
+    stop: threading.Event,
+    table: Table | None = None,
+) -> None:
+    """Pass bytes between `terminal` and `port`, plugged in or not; move `servos`, and `table`, in step with `clock`."""
     moved_until = clock.now()
     while not stop.is_set():
         wires = [terminal.fd] if terminal.plugged else []
         readable, _, _ = select.select(wires, [], [], max(0.0, moved_until + SUBSTEP - clock.now()))
         while clock.now() >= moved_until + SUBSTEP:
             servos.step(SUBSTEP)
+            if table is not None:
+                table.step(SUBSTEP)
             moved_until += SUBSTEP
         if terminal.plugged and not port.plugged:
             terminal.unplug()

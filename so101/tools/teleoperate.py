@@ -13,7 +13,7 @@ import numpy as np
 from so101.config import launch, option, require_within
 from so101.env import Env, EnvConfig
 from so101.errors import ConfigError
-from so101.rig import RigConfig, describe_task, open_rig
+from so101.rig import TOOL_FLIGHTS, RigConfig, describe_task, open_rig
 from so101.robot.teleop import DEMONSTRATE
 from so101.runlog import Progress
 from so101.schema import ACTION, OPENING, TOOL_XYZ, Preprocess, RewardSpec
@@ -43,7 +43,7 @@ def main(config: Config) -> None:
     describe_task(config.rig, config.env, config.preprocess)
     with (
         live_page(config.page, config.page_port, "teleoperate") as page,
-        open_rig(config.rig, config.seed, page) as rig,
+        open_rig(config.rig, config.seed, page, TOOL_FLIGHTS) as rig,
     ):
         geometry = replace(config.env, control_time_s=config.seconds)
         env = rig.make_env(geometry, config.preprocess, RewardSpec(), config.seed, success_ends=False)

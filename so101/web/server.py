@@ -98,8 +98,11 @@ def _encoded(suffix: str, rgb: np.ndarray, options: list[int]) -> Answer:
 
 
 def to_json(values: Any) -> bytes:
-    """JSON, with numpy's arrays and numbers as plain ones of 4 decimals."""
-    return json.dumps(values, allow_nan=False, default=lambda value: np.round(value, 4).tolist()).encode()
+    """JSON, with numpy's arrays and numbers as plain ones of 4 decimals; NaN and infinity, which it lacks, as null."""
+    text = json.dumps(values, default=lambda value: np.round(np.asarray(value, np.float64), 4).tolist())
+    if "NaN" in text or "Infinity" in text:
+        text = json.dumps(json.loads(text, parse_constant=lambda name: None))
+    return text.encode()
 
 
 def static(name: str) -> Route:
@@ -122,7 +125,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"port: {port} cannot be had: {error}; port=0 takes a free one") from None
+            raise ConfigError(f"page_port: {port} cannot be had: {error}; 0 takes a free one") from None
         self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
 
     @property
