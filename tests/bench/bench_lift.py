@@ -24,10 +24,13 @@ import numpy as np
 import train_sac
 from so101.config import launch, option
 from so101.data.dataset import open_dataset
+from so101.evaluation import Evaluation, newest
 from so101.files import write_atomic
-from so101.runlog import table, wilson_interval
+from so101.plots import curve
+from so101.runlog import read_metrics, table, wilson_interval
 
 KINDS = ("full", "demonstrations", "neither")
+CALLED = {"full": "stepping in", "demonstrations": "demonstrations only", "neither": "neither"}
 
 
 @dataclass
@@ -58,6 +61,21 @@ def main(config: Config) -> None:
             rows.append([kind, seed, *row_of([results[-1]])])
         rows.append([kind, "all", *row_of(results)])
     print(table(["kind", "seed", "success", "95 %", "steps", "helped", "env. steps", "seconds"], rows))
+    picture = Path(config.output) / "curve.svg"
+    write_atomic(picture, curves(config))
+    print(picture)
+
+
+def curves(config: Config) -> str:
+    """How often the policy succeeded without help while it trained: SVG, the mean over the seeds."""
+    steps = np.arange(0, config.steps + 1, 25)
+    series = {}
+    for kind in config.kinds:
+        metrics = [read_metrics(Path(config.output) / f"{kind}{seed}") for seed in config.seeds]
+        known = [(np.array(m["step"]), np.array(m["success_alone_last_20"])) for m in metrics]
+        of_seeds = [np.interp(steps, x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in known]
+        series[f"{CALLED[kind]}, mean of {len(of_seeds)} seeds"] = (steps, np.mean(of_seeds, axis=0))
+    return curve("success alone, of the last 20 episodes", "environment step", "", series)
 
 
 def row_of(results: list[dict[str, Any]]) -> list[str]:
@@ -95,13 +113,15 @@ def run(config: Config, kind: str, seed: int, result: Path) -> None:
         started = time.monotonic()
         train_sac.main(wanted)
         seconds = time.monotonic() - started
-    evaluation = json.loads((folder / "eval.json").read_text())
+    evaluated = newest(folder)
+    if evaluated is None:
+        raise SystemExit(f"{folder}: the run ended without an evaluation")
+    episodes = Evaluation.load(evaluated).episodes
     columns = [episode.columns() for episode in open_dataset(folder / "episodes").episodes]
     helped = np.concatenate([c["complementary_info.is_intervention"] for c in columns])
     told = {
-        "successes": sum(episode["success"] for episode in evaluation["episodes"]),
-        "episodes": len(evaluation["episodes"]),
-        "steps": float(np.mean([episode["steps"] for episode in evaluation["episodes"]])),
+        "successes": sum(episode.success for episode in episodes), "episodes": len(episodes),
+        "steps": float(np.mean([episode.steps for episode in episodes])),
         "helped": float(helped.mean()), "env_steps": len(helped), "seconds": seconds,
     }  # fmt: skip
     write_atomic(result, json.dumps(told) + "\n")
