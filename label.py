@@ -23,7 +23,7 @@ import cv2
 from so101.config import launch, option, require_within
 from so101.data.dataset import Dataset, Episode, open_dataset, require_outside
 from so101.data.label_import import import_labels
-from so101.data.labels import EpisodeLabel, Labels, labels_path, load_labels
+from so101.data.labels import WANTED_NEGATIVE, WANTED_POSITIVE, EpisodeLabel, Labels, labels_path, load_labels
 from so101.data.lock import alone_in
 from so101.errors import ConfigError, DataError
 from so101.files import new_folder
@@ -31,7 +31,7 @@ from so101.images import preprocess
 from so101.reports.dataset import write_dataset_report
 from so101.runlog import Progress
 from so101.schema import Preprocess
-from so101.web.label_page import WANTED_NEGATIVE, WANTED_POSITIVE, LabelPage, why_read_only
+from so101.web.label_page import LabelPage, why_read_only
 from so101.web.server import Server
 
 EXTRACT_QUALITY = 95  # of a JPEG

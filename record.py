@@ -20,7 +20,7 @@ import numpy as np
 
 from so101.config import launch, load, option, require_within, save
 from so101.data.dataset import open_dataset
-from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path, load_labels
+from so101.data.labels import EpisodeLabel, Labels, beside, label_episode, labels_path, load_labels
 from so101.data.lint import Finding, Linter, Pictures, unmoved
 from so101.data.video import CODEC_HELP, Codec, require_codec
 from so101.data.writer import DatasetWriter
@@ -86,15 +86,8 @@ def unfinished(folder: Path) -> "Config | None":
 
 
 def config_path(folder: Path) -> Path:
-    """Where the config of a recording lies, beside its dataset."""
-    labels = labels_path(folder)
-    return labels.with_name(labels.name.replace(".labels.json", ".record.json"))
-
-
-def flights_path(folder: Path) -> Path:
-    """Where the flight records of a recording lie, beside its dataset."""
-    labels = labels_path(folder)
-    return labels.with_name(labels.name.replace(".labels.json", ".flight"))
+    """Where the config of a recording lies."""
+    return beside(folder, "record.json")
 
 
 def main(config: Config) -> None:
@@ -113,7 +106,7 @@ def main(config: Config) -> None:
     schema = describe_task(config.rig, config.env, config.preprocess)
     with ExitStack() as stack:
         page = stack.enter_context(live_page(config.page, config.page_port, "record"))
-        rig = stack.enter_context(open_rig(config.rig, seed, page, flights_path(folder)))
+        rig = stack.enter_context(open_rig(config.rig, seed, page, beside(folder, "flight")))
         env = rig.make_env(config.env, config.preprocess, RewardSpec(), seed, success_ends=False)
         folder.parent.mkdir(parents=True, exist_ok=True)
         writer = DatasetWriter(

@@ -18,6 +18,8 @@ from so101.data.lock import alone_in
 from so101.errors import DataError
 from so101.files import read_json, write_atomic
 
+WANTED_POSITIVE = 200  # frames that a reward classifier needs at least
+WANTED_NEGATIVE = (2, 3)  # and of the others two to three times as many
 FORMS = ("success_start", "ranges", "all_fail")
 FORMS_HELP = '"success_start": frame, "ranges": [[start, end], ...] or "all_fail": true'
 
@@ -210,10 +212,15 @@ def label_episode(dataset_folder: Path, episode: int, label: EpisodeLabel | None
 
 
 def labels_path(dataset_folder: Path | str) -> Path:
-    """Where the labels of a dataset lie: `<folder>.labels.json`, beside it, by whatever link it was reached."""
+    """Where the labels of a dataset lie."""
+    return beside(dataset_folder, "labels.json")
+
+
+def beside(dataset_folder: Path | str, kind: str) -> Path:
+    """A dataset's neighbour `<folder>.<kind>`, by whatever link the dataset was reached."""
     folder = Path(dataset_folder)
     folder = folder.resolve() if folder.name in ("", "..") or folder.is_symlink() else folder
-    return folder.with_name(f"{folder.name}.labels.json")
+    return folder.with_name(f"{folder.name}.{kind}")
 
 
 def episode_number(where: str, key: str) -> int:

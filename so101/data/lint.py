@@ -15,7 +15,7 @@ import numpy as np
 
 from so101.data.corrections import CORRECTION
 from so101.data.dataset import Closing, Dataset, Episode, episode_rows
-from so101.data.labels import EpisodeLabel, Labels, load_labels
+from so101.data.labels import WANTED_POSITIVE, EpisodeLabel, Labels, load_labels
 from so101.data.layout import IMAGES
 from so101.data.video import count_frames
 from so101.errors import DataError
@@ -51,7 +51,6 @@ MEAN_OFF = 5.0  # of 255, a video's mean from the one kept of it: other pixels, 
 LIGHT_TREND, LIGHT_RANGE, LIGHT_EPISODES = 0.8, 0.1, 10  # correlation with the order, change in all, from so many on
 SHARED_ROWS, SHARED_PART = 5, 0.2  # rows that two episodes may have in common are fewer
 LAG_ROWS = 50  # of motion, to tell which came first, action or motion
-POSITIVES = 200  # frames; what a classifier needs, beside two to three times as many failures
 CONVERT = "`python -m so101.tools.edit convert` maps it, once it is said how they count"
 LEAVE_OUT = "leave it out with `python label.py DATASET --set EPISODE=skip`"
 
@@ -682,9 +681,9 @@ def check_labels(
         if episode.index not in labels.episodes:
             said = "has no label, so nothing learns from it; label it with label.py"
             yield Finding("warning", "unlabelled", episode.index, None, said)
-    if counts[True] < POSITIVES:
+    if counts[True] < WANTED_POSITIVE:
         said = f"{counts[True]} frames of success and {counts[False]} of failure are labelled"
-        todo = f"a classifier wants {POSITIVES} and two to three times as many: record more"
+        todo = f"a classifier wants {WANTED_POSITIVE} and two to three times as many: record more"
         yield Finding("warning", "few labels", None, None, f"{said}; {todo}")
     if otherwise:
         first = otherwise[0]

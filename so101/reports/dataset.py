@@ -11,7 +11,7 @@ import numpy as np
 
 from so101.config import flat
 from so101.data.dataset import Dataset, Episode, open_dataset
-from so101.data.labels import Labels, labels_path, load_labels
+from so101.data.labels import WANTED_NEGATIVE, WANTED_POSITIVE, Labels, beside, labels_path, load_labels
 from so101.data.lint import LATE, Finding, Linter
 from so101.errors import DataError
 from so101.files import read_json
@@ -20,7 +20,6 @@ from so101.reports.head import Run, Section, bullets, changes, head, modified, r
 from so101.runlog import Progress, duration
 from so101.schema import ACTION, STATE, TOOL_XYZ
 from so101.tools.lint import ROBOT, shortened
-from so101.web.label_page import WANTED_NEGATIVE, WANTED_POSITIVE
 
 STRIPS = 100  # film strips at most, 25 KB each
 STRIP_PX = 78  # so that eight frames of 4:3 fill the page
@@ -95,12 +94,6 @@ def read_all(
             findings += linter.episode(each.episode, label, pictures={})
         progress.update(done)
     return findings + linter.compared()
-
-
-def beside(folder: Path, kind: str) -> Path:
-    """A dataset's neighbour of a kind: `<folder>.report.html`, where `<folder>.labels.json` lies."""
-    labels = labels_path(folder)
-    return labels.with_name(labels.name.removesuffix("labels.json") + kind)
 
 
 def facts_of(episode: Episode, labels: Labels | None) -> Facts:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from so101.data.dataset import Dataset, Episode, open_dataset
-from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path
+from so101.data.labels import WANTED_NEGATIVE, WANTED_POSITIVE, EpisodeLabel, Labels, label_episode, labels_path
 from so101.errors import DataError
 from so101.images import preprocess
 from so101.schema import Preprocess
@@ -23,8 +23,6 @@ from so101.web.server import Answer, Request, Route, as_jpeg, as_json, as_png, s
 if TYPE_CHECKING:
     from so101.web.judge import Judge  # importing it takes torch, 2 s that only a classifier is worth
 
-WANTED_POSITIVE = 200  # frames that a reward classifier needs at least
-WANTED_NEGATIVE = (2, 3)  # and of the others two to three times as many
 JPEG_QUALITY = 90  # 640x480 is 30 to 60 KB, and shows what the video shows
 KEPT_FRAMES = 32  # decoded ones, 0.9 MB each
 PLACE = {"timestamp", "frame_index", "episode_index", "index", "task_index", "capture_time"}  # no curves
