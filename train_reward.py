@@ -16,6 +16,7 @@ import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 # isort: split
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,6 +56,8 @@ class Config:
     reward: RewardConfig = option(RewardConfig(), "the classifier and its training")
 
     def __post_init__(self) -> None:
+        if self.encoder is not None:
+            self.encoder = os.path.abspath(self.encoder)  # the classifier may be used from anywhere
         if self.report is not None and self.evaluate is None:
             raise ConfigError(f"report: got {self.report!r}, which only evaluate=DATASET writes; leave it out")
 

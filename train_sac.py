@@ -131,6 +131,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        if self.encoder is not None:
+            self.encoder = os.path.abspath(self.encoder)  # the policy may be evaluated from anywhere
         require_codec(self.codec)
         many = 1_000_000_000
         require_within(

@@ -3,7 +3,7 @@
 Read it in this order: schema.py (what an action and a state are), robot/ (bytes to joints to a moving arm),
 sim/ (the same bytes without an arm), env.py (one control step), data/ (recordings), episodes.py (recordings to
 transitions), learn/ (networks, classifier, SAC), actor.py and learner.py (what the two loops of training keep),
-then the five scripts beside this package.
+then the five scripts beside this package. What is left is for people: web/ (pages), reports/, evaluation.py, tools/.
 """
 
 import os

@@ -9,7 +9,7 @@ import infer
 import record
 import train_reward
 import train_sac
-from so101.config import ConfigError, load, parse
+from so101.config import ConfigError, from_dict, load, parse, to_dict
 from so101.env import EnvConfig
 from so101.learn.reward import RewardConfig
 from so101.rig import ArmConfig, RigConfig, describe_task
@@ -82,3 +82,12 @@ def test_a_config_and_an_override_compose() -> None:
 def test_no_config_names_a_machine() -> None:
     for path in CONFIGS.glob("*.json"):
         assert not any(word in path.read_text() for word in ("/home", "/Users", "C:\\", "ttyACM", "ttyUSB"))
+
+
+@pytest.mark.parametrize("script", [train_reward, train_sac])
+def test_an_encoder_is_found_from_wherever_one_stands(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = script.Config(encoder="weights.safetensors")
+    assert config.encoder == str(tmp_path / "weights.safetensors")
+    monkeypatch.chdir("/")
+    assert from_dict(script.Config, to_dict(config), "there").encoder == str(tmp_path / "weights.safetensors")
