@@ -199,13 +199,16 @@ class Env:
         meanwhile: a verdict there corrects the episode just ended. The key to quit ends the reset where it is; what is
         observed there begins no episode.
         """
+        if self.teleop.stranded:  # who drove is gone: nothing moves by itself until somebody is there
+            self.teleop.keep(self.hold(lambda: not self.teleop.paused))
         self.teleop.hand_back()
         if start is None:
             random = self.config.random_ee_reset
             start = self.config.start_at(self.rng.uniform(-1, 1, 3) if random else np.zeros(3))
         with suppress(_Quits):  # from any point of it the arm can be brought to rest
-            safety.lift(self.arm, self.clock, self._bring_along, self._read)
-            self._go_home(start)
+            if not self.teleop.quits():
+                safety.lift(self.arm, self.clock, self._bring_along, self._read)
+                self._go_home(start)
         events = self.teleop.place_object(self.clock, self.config.reset_time_s, self._read)
         if self.detector is not None:
             self.detector.reset()

@@ -435,9 +435,25 @@ def test_who_drove_from_the_page_and_is_lost_costs_the_episode_and_the_next_one_
         step = env.step(AWAY)
         assert step.action.tolist() == [0, 0, 0, 0] and step.events == {"redo"} and rig.teleop.paused
         assert wheel.heard[-1] == teleop.LOST
+        stood, seen, began = rig.arm.commanded.tolist(), [], rig.clock.now()
+        servos_of(rig.arm).after(8.9, lambda: seen.append(rig.arm.commanded.tolist()))
         servos_of(rig.arm).after(9.0, lambda: wheel.keys.append("pause"))
-        began = rig.clock.now()
-        assert env.reset()[1] == {"pause"} and rig.clock.now() - began == pytest.approx(9.0, abs=0.3)
+        assert env.reset()[1] == {"pause"} and seen == [stood]  # not even home, with nobody there
+        assert rig.clock.now() - began > 9.0 + env.config.reset_time_s
+
+
+def test_who_quits_after_the_page_was_lost_is_brought_nowhere_first():
+    with an_env() as (env, rig):
+        take_the_keys(rig)
+        wheel = Wheel(rig)
+        env.reset()
+        for wheel.held in (STILL, AWAY):
+            env.step(STILL)
+        wheel.gone = True
+        assert "redo" in env.step(AWAY).events
+        stood = rig.arm.commanded.tolist()
+        servos_of(rig.arm).after(3.0, lambda: wheel.keys.append("quit"))
+        assert "quit" in env.reset()[1] and rig.arm.commanded.tolist() == stood
 
 
 def test_without_a_leader_a_recording_begins_when_somebody_takes_the_wheel():

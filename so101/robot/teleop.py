@@ -280,6 +280,7 @@ class Teleop:
         self.driver: Literal["policy", "leader", "page"] = "policy"
         self.recording = False  # the person drives all the time: there is nobody to hand back to
         self.paused = False
+        self.stranded = False  # who drove from the page went away without a word
         self.afterwards: frozenset[str] = frozenset()  # pressed in the last reset: of the episode before it
         self.note: Callable[[str, str], object] = lambda kind, what: None  # who looks on, the flight recorder say
         self._kept: frozenset[str] = frozenset()
@@ -311,6 +312,7 @@ class Teleop:
     def hand_back(self) -> None:
         """The policy drives from here; `follow` makes the leader track again."""
         self.driver, self.recording, self._caught_up, self._let_go = "policy", False, False, False
+        self.stranded = False
         self.afterwards = frozenset()
         self._ticks_held[:] = 0
 
@@ -360,7 +362,7 @@ class Teleop:
         """
         events = self._pressed()
         if self.pendant is not None and self.pendant.lost() and self.driver == "page":
-            self.paused = True
+            self.paused = self.stranded = True
             self.hear(LOST)
             return HumanInput(np.zeros(4), events | {"redo"})
         hand = None if self.pendant is None else self.pendant.hand()
