@@ -539,6 +539,22 @@ def test_an_action_scale_that_was_not_the_recorders(folder):
     assert "the tool goes 50% of the way that actions of 0.04 m ask for" in message
 
 
+def test_a_few_episodes_that_push_at_an_edge_are_no_wrong_scale():
+    """A simulated recording in which some did asked for 54 % of the way together, and for 82 % at the median."""
+    nothing = np.zeros(0)
+    ways = [(0.8, 1.0)] * 5 + [(0.5, 5.0)] * 2  # product of the ways asked and gone, and of the way asked with itself
+
+    def seen(number, way):
+        rows = {bytes([number, row]): row for row in range(100)}
+        return lint_module.Seen(number, rows, nothing, nothing, nothing, np.ones((3, 3)), np.array(way))
+
+    episodes = [seen(number, way) for number, way in enumerate(ways)]
+    assert sum(went for went, _ in ways) / sum(asked for _, asked in ways) < lint_module.REACHED
+    assert list(lint_module.what_follows_actions(episodes, 1.0)) == []
+    (found,) = lint_module.what_follows_actions(episodes, 2.0)
+    assert found.check == "action scale" and "the tool goes 40% of the way that actions of 2 m" in found.message
+
+
 def test_l1_entries_that_never_change(folder):
     """Pitch and yaw had min = max, and normalisation made 1e8 of them."""
     for episode in range(EPISODES):
