@@ -23,7 +23,7 @@ import cv2
 from so101.config import launch, option, require_within
 from so101.data.dataset import Dataset, Episode, open_dataset, require_outside
 from so101.data.label_import import import_labels
-from so101.data.labels import WANTED_NEGATIVE, WANTED_POSITIVE, EpisodeLabel, Labels, labels_path, load_labels
+from so101.data.labels import EpisodeLabel, Labels, frames_wanted, labels_path, load_labels
 from so101.data.lock import alone_in
 from so101.errors import ConfigError, DataError
 from so101.files import new_folder
@@ -199,14 +199,7 @@ def label_table(dataset: Dataset, labels: Labels) -> list[str]:
         positives, negatives = positives + yes, negatives + no
         unlabelled += episode.index not in labels.episodes
     lines.append(f"{len(dataset.episodes)} episodes, {unlabelled} unlabelled")
-    low, high = (times * max(positives, WANTED_POSITIVE) for times in WANTED_NEGATIVE)
-    for name, count, wanted, goal in (
-        ("positive", positives, WANTED_POSITIVE, f"{WANTED_POSITIVE}"),
-        ("negative", negatives, low, f"{low} to {high}"),
-    ):
-        missing = max(0, wanted - count)
-        lines.append(f"{count} {name} frames of {goal} wanted" + (f", {missing} to go" if missing else ": enough"))
-    return lines
+    return [*lines, *map(str, frames_wanted(positives, negatives))]
 
 
 def extract(config: Config, dataset: Dataset, folder: Path) -> None:

@@ -35,7 +35,7 @@ from so101.learn.resnet10 import load_resnet10, trunk_hash
 from so101.learn.reward import RewardConfig, load_reward, read_reward_file, save_reward
 from so101.learn.reward_training import encode_views, judge_frames, train_classifier, training_frames
 from so101.reports.head import head
-from so101.reports.reward import compared, judged, trained, write_reward_report
+from so101.reports.reward import compared, doubts, episode_table, judged, trained, write_reward_report
 from so101.runlog import Progress, table
 from so101.schema import STATE, UNITS, Preprocess, require_same
 from so101.tools.lint import require_clean
@@ -116,7 +116,7 @@ def main(config: Config) -> None:
         f"held-out episodes {report['episodes']['held_out']}: {frames['accuracy']:.1%} of frames right, "
         f"threshold {report['threshold']:.2f}; {output} written in {time.time() - began:.0f} s"
     )
-    for problem in report["problems"]:
+    for problem in [*report["problems"], *doubts(report)]:
         print(f"warning: {problem}")
 
 
@@ -150,13 +150,15 @@ def evaluate(config: Config, folder: str) -> None:
                 report, pixels, success, episode_ids,
             )  # fmt: skip
             (aside / "evaluation.json").write_text(json.dumps(about, indent=2) + "\n")
-    print(table(list(report["held_out"][0]), [list(episode.values()) for episode in report["held_out"]]))
+    print(table(*episode_table(report["held_out"])))
     frames = report["at_threshold"]
     print(
         f"{output} on {dataset.folder}: {frames['accuracy']:.1%} of {len(success)} frames right at threshold "
         f"{detector.threshold:.2f}; of {len(report['held_out'])} episodes {report['false_episodes']} with a false "
         f"success, {report['missed_episodes']} missed"
     )
+    for problem in doubts(report):
+        print(f"warning: {problem}")
 
 
 def with_corrections(
@@ -193,9 +195,17 @@ def with_corrections(
 
 
 def require_new(folder: Path, key: str) -> None:
-    """Raises DataError where a folder that is to be made exists."""
-    if folder.exists():
-        raise DataError(f"{folder}: exists already; name another with {key}=, or use it as it is")
+    """Raises DataError, saying what is there, where a folder that is to be made exists."""
+    if not os.path.lexists(folder):
+        return
+    kinds = {
+        "reward.json": "a reward classifier, to be used as it is",
+        "evaluation.json": "a classifier's evaluation",
+        "meta/info.json": "a dataset",
+        "config.json": "a run folder",
+    }
+    what = next((kind for file, kind in kinds.items() if (folder / file).exists()), "no reward classifier")
+    raise DataError(f"{folder}: exists already and is {what}; nothing is written over, name another with {key}=")
 
 
 if __name__ == "__main__":

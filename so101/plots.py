@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from so101.files import write_atomic
+from so101.runlog import in_words
 
 WIDTH, HALF, HEIGHT = 720, 400, 320  # px of one plot; two of half width stand side by side
 LEFT, RIGHT, BOTTOM = 74, 16, 48  # px around its axes; the legend needs what it needs on top
@@ -74,9 +75,12 @@ def round_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 def curve(
     title: str, x_label: str, y_label: str, series: Series, *, width: int = WIDTH, joined: bool = True,
-    colours: Sequence[str] = COLOURS,
+    colours: Sequence[str] = COLOURS, x_range: tuple[float, float] | None = None,
 ) -> str:  # fmt: skip
-    """An SVG line plot of {name: (xs, ys)}, or of its dots alone; points that are not finite are left out."""
+    """An SVG line plot of {name: (xs, ys)}, or of its dots alone; points that are not finite are left out.
+
+    `x_range` is the x axis; None: as far as there are points.
+    """
     lines = {name: _finite(xs, ys) for name, (xs, ys) in series.items()}
     legend, top = _legend(list(lines), width - RIGHT, colours)
     xs = np.concatenate([np.zeros(0), *(x for x, _ in lines.values())])
@@ -94,9 +98,9 @@ def curve(
     if not len(xs):
         parts.append(_text((LEFT + width - RIGHT) / 2, (top + HEIGHT - BOTTOM) / 2, "middle", "no data yet"))
         return "\n".join([*parts, "</svg>"])
-    x_low, x_high = _spread(xs)
+    x_low, x_high = x_range or _spread(xs)
     y_ticks = round_ticks(*_spread(ys))
-    x_ticks = [tick for tick in round_ticks(x_low, x_high, width // 90) if x_low <= tick <= x_high]
+    x_ticks = [tick for tick in round_ticks(x_low, x_high, width // 75) if x_low <= tick <= x_high]
 
     def x_px(x: Any) -> Any:
         return LEFT + (x - x_low) / (x_high - x_low) * (width - RIGHT - LEFT)
@@ -123,10 +127,11 @@ def _finite(xs: Sequence[float], ys: Sequence[float]) -> tuple[np.ndarray, np.nd
 
 
 def _spread(values: np.ndarray) -> tuple[float, float]:
-    """Smallest and largest value; made wider where they are the same, so that there is an axis."""
+    """Smallest and largest value; made wider where they are the same, so that there is an axis: of zeros 0 to 1."""
     low, high = float(values.min()), float(values.max())
-    margin = 0.0 if high - low > 1e-9 * max(abs(low), abs(high)) else 0.5 * abs(low) or 1.0
-    return low - margin, high + margin
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        return low, high
+    return (low - 0.5 * abs(low), high + 0.5 * abs(high)) if low else (0.0, 1.0)
 
 
 def _legend(names: list[str], right: int, colours: Sequence[str]) -> tuple[str, int]:
@@ -222,17 +227,6 @@ def html_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     top = [line("th", headers)] if any(headers) else []
     return "\n".join(["<table>", *top, *(line("td", row) for row in rows), "</table>"])
-
-
-def in_words(value: Any) -> str:
-    """A value as a table shows it: a number in 4 digits, a truth as yes or no, what is missing or NaN as a dash."""
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
-        return "\N{EN DASH}"
-    if isinstance(value, float | np.floating):
-        return f"{value:.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
-    return str(value)
 
 
 def _is_number(cell: Any) -> bool:

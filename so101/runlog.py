@@ -54,7 +54,7 @@ class RunLog:
         if column not in header:
             return 0
         at = header.index(column)
-        kept = [row for row in rows if not _number(row[at]) > above]
+        kept = [row for row in rows if not as_number(row[at]) > above]
         if len(kept) < len(rows):
             write_atomic(self._metrics, "".join(_csv_line(row) for row in [header, *kept]))
         return len(rows) - len(kept)
@@ -83,13 +83,14 @@ def read_rows(folder: Path | str) -> list[dict[str, str]]:
 def read_metrics(folder: Path | str) -> dict[str, list[float]]:
     """Each column of metrics.csv as numbers; NaN where a row has none. {} where there is no file yet."""
     rows = read_rows(folder)
-    return {name: [_number(row[name]) for row in rows] for name in _read_columns(Path(folder) / "metrics.csv")}
+    return {name: [as_number(row[name]) for row in rows] for name in _read_columns(Path(folder) / "metrics.csv")}
 
 
-def _number(cell: str) -> float:
+def as_number(cell: str | None) -> float:
+    """What a cell of metrics.csv says; NaN where it is empty, missing or a word."""
     try:
-        return float(cell)
-    except ValueError:  # empty, or a word
+        return float(cell or "nan")
+    except ValueError:
         return math.nan
 
 
@@ -109,7 +110,7 @@ def _csv_line(cells: list[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A number in at most 6 digits, a flag as 1 or 0, anything else as it prints."""
+    """What a file keeps: a number in at most 6 digits, a flag as 1 or 0, anything else as it prints."""
     if isinstance(value, bool | np.bool_):
         return str(int(value))
     return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
@@ -175,18 +176,19 @@ class Progress:
             self.also.tell("said", words)
 
     def update(self, done: int, **info: float | int | str) -> None:
-        """Show `done` of `total`, with the rate since the first update, the time left and `info`."""
+        """Show `done` of `total`, with the rate since the first update and the time left once known, and `info`."""
         now = time.monotonic()
         if self._started is None:
             self._started = (now, done)
         elapsed, made = now - self._started[0], done - self._started[1]
         rate = made / elapsed if elapsed > 0 else 0.0
-        left = duration(max(0, self.total - done) / rate) if rate > 0 else "?"
-        words = [f"{done}/{self.total} {self.unit}", f"{rate:.3g}/s", f"{left} left"]
+        words = [f"{done}/{self.total} {self.unit}"]
+        if rate > 0:  # not known from one update
+            words += [f"{rate:.3g}/s", f"{duration(max(0, self.total - done) / rate)} left"]
         if self.also is not None:
             self.also.facts(self.label, done, self.total, self.unit, info)
         self._done = done
-        self._text = "  ".join(words + [f"{name} {_short(value)}" for name, value in info.items()])
+        self._text = "  ".join(words + [f"{name} {in_words(value)}" for name, value in info.items()])
         if now - self._shown >= (REDRAW_EVERY if sys.stdout.isatty() else PLAIN_LINE_EVERY):
             self._show(now)
 
@@ -210,6 +212,17 @@ class Progress:
         self._width = len(line)
 
 
+def in_words(value: Any) -> str:
+    """A value as people read it: a number in 4 digits, a truth as yes or no, what is missing or NaN as a dash."""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
+        return "-"
+    if isinstance(value, float | np.floating):
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e12 else f"{value + 0:.4g}"  # + 0: no -0
+    return str(value)
+
+
 def duration(seconds: float) -> str:
     """A length of time to read: 42s, 3:05 (minutes) or 2:03:05 (hours)."""
     whole = round(seconds)
@@ -221,7 +234,7 @@ def duration(seconds: float) -> str:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned columns of text: numbers to the right, words to the left, a rule under the headers."""
-    cells = [[_short(value) for value in row] for row in rows]
+    cells = [[in_words(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
     right = [
         bool(rows) and all(isinstance(row[index], int | float | np.number) for row in rows)

@@ -202,7 +202,13 @@ def test_the_list_the_totals_and_the_next_unlabelled(page: Page, folder: Path) -
     page.press("f", "n")
     assert page.shown == "2/0"
     assert [page.total(name) for name in ("labelled", "positive", "negative")] == [2, 6, 14]
-    assert "400 to 600 wanted" in page.browser.text("#total-negative")
+    assert page.browser.text("#total-negative") == "14 negative, 400 to 600 wanted"
+    assert page.browser.run("return document.querySelector('#total-negative').title") == "386 to go"
+    bar = "const i = document.querySelector('#total-negative i'); return [i.style.width, i.style.background]"
+    assert page.browser.run(bar) == ["3.5%", "var(--blue)"]  # 14 of 400
+    page.browser.run("wanted = [{name: 'negative', have: 623, goal: '400 to 600', missing: 0}]; showLabels()")
+    assert page.browser.text("#total-negative").endswith("wanted: enough")
+    assert page.browser.run(bar) == ["100%", "var(--success)"]
     page.press("n")
     assert page.shown == "2/0"
     page.press("Up", "Up", "p")

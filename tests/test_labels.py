@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from so101.data.label_import import import_labels
-from so101.data.labels import EpisodeLabel, Labels, label_episode, labels_path
+from so101.data.labels import EpisodeLabel, Labels, frames_wanted, label_episode, labels_path
 from so101.errors import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +124,18 @@ def test_each_form_by_hand() -> None:
     assert shown(EpisodeLabel(ranges=[[0, 6]]), 6) == "++++++"
     assert shown(EpisodeLabel(all_fail=True), 6) == "......"
     assert shown(EpisodeLabel(success_start=2, exclude=[3, 0]), 6) == "..+.++"
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "said"),
+    [
+        (0, 0, ["0 positive frames of 200 wanted, 200 to go", "0 negative frames of 400 to 600 wanted, 400 to go"]),
+        (200, 623, ["200 positive frames of 200 wanted: enough", "623 negative frames of 400 to 600 wanted: enough"]),
+        (300, 599, ["300 positive frames of 200 wanted: enough", "599 negative frames of 600 to 900 wanted, 1 to go"]),
+    ],
+)
+def test_how_many_frames_a_classifier_wants(positive: int, negative: int, said: list[str]) -> None:
+    assert [str(each) for each in frames_wanted(positive, negative)] == said
 
 
 def test_unlabelled_and_skipped_are_not_failure() -> None:

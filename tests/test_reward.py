@@ -299,6 +299,18 @@ def test_another_dataset_is_judged_at_the_threshold_that_was_stored():
     assert guarded["at_threshold"]["accuracy"] == pytest.approx(3 / 6)  # frames are the classifier's alone
 
 
+def test_an_episode_is_vetoed_where_the_guard_leaves_no_vote_of_its_success():
+    """Votes of two; the guard wants 0.05 .. 0.2 m: episode 0 has a vote left, of 1 single frames, 2 is a failure."""
+    heights = [0.3, 0.3, 0.1, 0.1, 0.1, 0.3, 0.1, 0.3, 0.3, 0.3, 0.3, 0.3]
+    labels = np.array([0, 1, 1, 1] + [1, 1, 1, 1] + [0] * 4, bool)
+    states, guard = np.stack([state(height=height) for height in heights]), StateGuard((0.05, 0.2), (0, 1))
+    twice = RewardConfig(consecutive=2, tolerance_frames=0)
+    for probability in (0.1, 0.9):  # whatever the classifier says
+        found = judge_frames(np.full(12, probability), labels, np.repeat([0, 1, 2], 4), states, guard, twice, 0.5)
+        assert found["vetoed"] == [1]
+    assert judge_frames(np.ones(12), labels, np.repeat([0, 1, 2], 4), states, None, twice, 0.5)["vetoed"] == []
+
+
 # ---- training
 
 

@@ -91,6 +91,20 @@ def test_the_best_and_the_last_are_kept_and_either_can_be_used(made):
     assert differ.any() == (report["losses"]["best_step"] != report["losses"]["step"][-1])
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 3 and "middle of the widest range" in page
+    # 3 successes of 6 observations from frame 9 of 15 on; 0.4 of 3 and of 3 episodes are held out
+    thin = ["18 positive frames of 200 wanted, 182 to go", "3 episodes show a success", "only 2 episodes are judged"]
+    assert all(f"<li>{words}" in page for words in thin)
+
+
+def test_what_stands_in_the_way_of_a_new_classifier_is_named(made, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    what = {"demos": "a dataset", "reward": "a reward classifier, to be used as it is"}
+    places = {made[0] / name: kind for name, kind in what.items()}
+    places |= {tmp_path / name: "no reward classifier" for name in ("file", "link")}
+    for place, kind in places.items():
+        with pytest.raises(DataError, match=f"{place}: exists already and is {kind}; .* name another with output="):
+            train_reward.main(train_reward.Config(str(made[0] / "demos"), str(place), preprocess=SMALL, reward=QUICK))
 
 
 def test_a_classifier_is_judged_on_another_dataset_and_nothing_is_trained(made, capsys):
@@ -115,8 +129,9 @@ def test_a_classifier_is_judged_on_another_dataset_and_nothing_is_trained(made, 
         f"{worst['probability']:.3f}",
     )
     assert re.search(r"of 6 episodes 0 with a false success, 1 missed", printed) and "trained on" not in printed
-    assert "success_start" in printed and "train reward" not in printed
-    with pytest.raises(DataError, match="judged: exists already; name another with report="):
+    assert "single false positives" in printed and "train reward" not in printed
+    assert "only 6 episodes are judged" in printed and re.search(r"\n +3 +9 +- +-", printed)  # never fired
+    with pytest.raises(DataError, match="judged: exists already and is a classifier's evaluation; .* with report="):
         evaluate(folder, folder / "other", report=report)
 
 

@@ -88,7 +88,7 @@ def test_progress_without_a_terminal_is_a_line_each_10_s(monkeypatch):
     text = show(monkeypatch, False, list(range(50, 101)), 1.0)  # a resume at 50: the rate is still 1/s
     lines = text.splitlines()
     assert len(lines) == 6 and "\r" not in text  # at 10, 20, 30, 40, 50 s and at the end
-    assert lines[0] == "train: 60/100 steps  1/s  40s left  loss 0.333333"
+    assert lines[0] == "train: 60/100 steps  1/s  40s left  loss 0.3333"
     assert lines[-1].startswith("train: 100/100 steps  1/s  0s left")
 
 
@@ -100,6 +100,10 @@ def test_progress_on_a_terminal_redraws_one_ascii_line(monkeypatch):
     assert "[############............] 50/100 steps  25/s  2s left" in shown[-1]
 
 
+def test_progress_of_a_single_update_says_no_rate(monkeypatch):
+    assert show(monkeypatch, False, [100], 0.0) == "train: 100/100 steps  loss 0.3333\n"
+
+
 def test_progress_that_was_never_updated_prints_nothing(monkeypatch):
     assert show(monkeypatch, True, [], 1.0) == show(monkeypatch, False, [], 1.0) == ""
 
@@ -107,6 +111,23 @@ def test_progress_that_was_never_updated_prints_nothing(monkeypatch):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1:00"), (185, "3:05"), (7385, "2:03:05")])
 def test_duration(seconds, text):
     assert runlog.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (17.4593, "17.46"), (np.float32(0.5003997), "0.5004"), (-0.0, "0"), (np.float32(-0.0), "0"), (-0.004, "-0.004"),
+        (12345.6, "12346"), (3, "3"), (123456, "123456"), (True, "yes"), (np.bool_(False), "no"), ("3/5", "3/5"),
+        (None, "-"), (math.nan, "-"),
+    ],
+)  # fmt: skip
+def test_values_in_words(value, text):
+    assert runlog.in_words(value) == text
+
+
+def test_what_a_table_lacks_is_a_dash_that_any_terminal_can_print():
+    lines = table(["episode", "fired at"], [[1, None], [2, 17.4593]]).splitlines()
+    assert lines[2:] == ["      1  -", "      2  17.46"]
 
 
 def test_table_lines_up():

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,28 @@ WANTED_POSITIVE = 200  # frames that a reward classifier needs at least
 WANTED_NEGATIVE = (2, 3)  # and of the others two to three times as many
 FORMS = ("success_start", "ranges", "all_fail")
 FORMS_HELP = '"success_start": frame, "ranges": [[start, end], ...] or "all_fail": true'
+
+
+class Wanted(NamedTuple):
+    """Labelled frames of one kind, beside what a reward classifier wants of them."""
+
+    name: str
+    have: int
+    goal: str
+    missing: int
+
+    def __str__(self) -> str:
+        end = f", {self.missing} to go" if self.missing else ": enough"
+        return f"{self.have} {self.name} frames of {self.goal} wanted{end}"
+
+
+def frames_wanted(positive: int, negative: int) -> tuple[Wanted, Wanted]:
+    """How far the labelled frames are from what a reward classifier wants."""
+    low, high = (times * max(positive, WANTED_POSITIVE) for times in WANTED_NEGATIVE)
+    return (
+        Wanted("positive", positive, f"{WANTED_POSITIVE}", max(0, WANTED_POSITIVE - positive)),
+        Wanted("negative", negative, f"{low} to {high}", max(0, low - negative)),
+    )
 
 
 @dataclass(frozen=True)

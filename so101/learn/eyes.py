@@ -93,6 +93,11 @@ class Eyes:
         """A frame whose probability is above it counts as success."""
         return self.detector.threshold
 
+    @property
+    def vetoed(self) -> bool:
+        """Whether the newest frame is above the threshold and the guard says no."""
+        return self.detector.vetoed
+
     def update(self, observation: Looked) -> bool:
         """Whether the classifier, its guard and its vote see success."""
         self.probability = self.detector.probability(self.features(observation))

@@ -116,7 +116,7 @@ class SuccessDetector:
 
     def reset(self) -> None:
         """Forget the frames so far; call it when an episode begins."""
-        self.in_a_row = 0
+        self.in_a_row, self.vetoed = 0, False  # frames; whether the newest would count but for the guard
 
     def probability(self, features: Tensor) -> float:
         """How likely one frame's features (cameras, 512, h, w) show success, in [0, 1]."""
@@ -124,8 +124,9 @@ class SuccessDetector:
 
     def update(self, probability: float, state: np.ndarray) -> bool:
         """Count one observation in; True from the `consecutive`-th in a row that is a success."""
-        allowed = self.guard is None or self.guard.allows(state)
-        self.in_a_row = self.in_a_row + 1 if probability > self.threshold and allowed else 0
+        likely = probability > self.threshold
+        self.vetoed = likely and self.guard is not None and not self.guard.allows(state)
+        self.in_a_row = self.in_a_row + 1 if likely and not self.vetoed else 0
         return self.in_a_row >= self.consecutive
 
 

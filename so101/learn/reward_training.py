@@ -150,6 +150,7 @@ def train_classifier(
         "episodes": {
             "train": np.unique(episode_ids[train]).tolist(),
             "held_out": np.unique(episode_ids[held]).tolist(),
+            "successes": len(np.unique(episode_ids[labels])),
         },
         "guard": None if guard is None else {"height_m": guard.height, "opening": guard.opening},
         **chosen,
@@ -232,10 +233,13 @@ def judge_frames(
     probabilities and labels (N,), episode_ids (N,), states (N, 18); threshold None: the best one for them.
     """
     allowed = np.array([guard is None or guard.allows(state) for state in states])
-    judged = []
+    judged, vetoed = [], []
     for episode in dict.fromkeys(episode_ids.tolist()):
         of = episode_ids == episode
         judged.append(HeldOutEpisode.judge(episode, probabilities[of], labels[of], allowed[of], config))
+        sure = HeldOutEpisode.judge(episode, np.ones(of.sum()), labels[of], allowed[of], config)
+        if sure.start is not None and sure.true_score == 0:
+            vetoed.append(episode)
     choice = choose_threshold(judged) if threshold is None else {"threshold": threshold}
     return {
         **choice,
@@ -243,6 +247,7 @@ def judge_frames(
         "at_threshold": frame_scores(probabilities, labels, choice["threshold"]),
         **precision_recall(probabilities, labels),
         "held_out": [episode.outcome(choice["threshold"]) for episode in judged],
+        "vetoed": vetoed,  # episodes whose success the guard forbids, however sure the classifier is
         "hard": hard_examples(probabilities, labels, episode_ids, choice["threshold"]),
     }
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from so101.config import flat
 from so101.data.dataset import Dataset, Episode, open_dataset
-from so101.data.labels import WANTED_NEGATIVE, WANTED_POSITIVE, Labels, beside, labels_path, load_labels
+from so101.data.labels import Labels, beside, frames_wanted, labels_path, load_labels
 from so101.data.lint import LATE, Finding, Linter
 from so101.errors import DataError
 from so101.files import read_json
@@ -146,14 +146,10 @@ def figures(dataset: Dataset, facts: Sequence[Facts]) -> dict[str, Any]:
 def summary(dataset: Dataset, facts: Sequence[Facts]) -> str:
     """The counts, against what a classifier wants; tasks and lateness."""
     counts = figures(dataset, facts)
-    positive, negative = counts["positive frames"], counts["negative frames"]
-    low, high = (times * max(positive, WANTED_POSITIVE) for times in WANTED_NEGATIVE)
-    wanted = []
-    for name, count, least, goal in (
-        ("positive", positive, WANTED_POSITIVE, f"at least {WANTED_POSITIVE}"),
-        ("negative", negative, low, f"{low} to {high}, {WANTED_NEGATIVE[0]} to {WANTED_NEGATIVE[1]} times as many"),
-    ):
-        wanted.append([name, count, goal, "enough" if count >= least else f"{least - count} to go"])
+    wanted = [
+        [*each[:3], f"{each.missing} to go" if each.missing else "enough"]
+        for each in frames_wanted(counts["positive frames"], counts["negative frames"])
+    ]
     late = [f.late for f in facts if f.late is not None]
     ticks = (
         f"{sum(late)} of {sum(f.episode.length for f in facts)} took more than {LATE} periods" if late else "unknown"
@@ -209,7 +205,7 @@ def plots(facts: Sequence[Facts], known: bool) -> str:
         colours = [KINDS[kind] for kind in series]
         return curve(title, x, y, series, width=HALF, joined=False, colours=colours)  # type: ignore[arg-type]
 
-    drawn = dots("length of each episode", "episode", "s", [(f.episode.index, f.seconds) for f in facts])
+    drawn = dots("length of each episode", "episode", "length, s", [(f.episode.index, f.seconds) for f in facts])
     if not known:
         return drawn + "<p>This program did not record it, so what its states and actions mean is not known.</p>"
     drawn += dots("start of the tool, from above", "x, m", "y, m", [(f.start[0], f.start[1]) for f in facts])

@@ -21,8 +21,8 @@ import so101
 from so101.config import flat, to_dict
 from so101.errors import DataError, UserError
 from so101.files import read_json
-from so101.plots import html_table, in_words
-from so101.runlog import duration
+from so101.plots import html_table
+from so101.runlog import duration, in_words
 
 # Of two runs, what says nothing of how they differ: where they lie, and how they were shown or taken up again.
 OF_NO_INTEREST = {"output", "resume", "changed", "page", "page_port", "report", "open", "port"}

@@ -11,10 +11,11 @@ from so101.config import flat, to_dict
 from so101.data.dataset import Dataset, Episode, open_dataset
 from so101.data.labels import Labels, load_labels
 from so101.evaluation import COLUMNS, Evaluation, newest
-from so101.plots import HALF, WIDTH, curve, html_table, in_words, write_report
+from so101.monitor import LAST
+from so101.plots import HALF, WIDTH, curve, html_table, write_report
 from so101.reports.dataset import STRIP_FRAMES, episode_strip, folded
 from so101.reports.head import Run, Section, bullets, changes, head, modified, runs_before, time_of_day
-from so101.runlog import duration, read_events, read_metrics, read_rows
+from so101.runlog import as_number, duration, read_events, read_metrics, read_rows
 
 SHOWN = 9  # online episodes in pictures, evenly from the first to the last
 OVERRULED = 24  # episodes whose verdict a person corrected, the newest
@@ -24,7 +25,8 @@ POLICY, PERSON = "#0072b2", "#e69f00"
 
 # What a group of curves tells, and its plots: a title and columns of metrics.csv.
 CURVES: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
-    ("Success", "Alone is without help: that curve is the policy's own. Episodes get shorter as it learns.", (
+    ("Success", "Alone is without help: that curve is the policy's own. Before 20 episodes are over, it is of those "
+    "so far. Episodes get shorter as it learns.", (
         ("share of the last 20 episodes", ("success_last_20", "success_alone_last_20", "evaluated_success")),
         ("steps of an episode", ("episode_steps", "evaluated_steps")),
         ("successes in 100 steps", ("reward_rate",)),
@@ -61,7 +63,7 @@ def write_run_report(folder: Path, config: Any) -> None:
     began = begun(folder / "config.json")
     sections = [
         head("train_sac.py", began, config, {"run folder": folder}),
-        ("How it went", html_table(["", ""], [[name, in_words(value)] for name, value in figures(folder).items()])),
+        ("How it went", html_table(["", ""], list(figures(folder).items()))),
         compared(folder, began, to_dict(config)),
         ("Alarms", alarms(folder)),
         *curves(read_metrics(folder)),
@@ -103,24 +105,24 @@ def figures(folder: Path) -> dict[str, Any]:
     ended = [row for row in read_rows(folder) if row.get("episode_steps")]
 
     def column(name: str) -> np.ndarray:
-        return np.array([float(row.get(name) or "nan") for row in ended])
+        return np.array([as_number(row.get(name)) for row in ended])
 
     def last(name: str) -> float | None:
         known = [value for value in metrics.get(name, []) if np.isfinite(value)]
         return known[-1] if known else None
 
-    def share(value: float | None) -> str | None:
-        return None if value is None or not np.isfinite(value) else f"{value:.0%}"
+    def share(value: float | None, of: str = "") -> str | None:
+        return None if value is None or not np.isfinite(value) else f"{value:.0%}{of}"
 
     steps = column("episode_steps")
     found: dict[str, Any] = {
         "environment steps": int(steps.sum()),
         "episodes": len(ended),
-        "success of the last 20": share(last("success_last_20")),
-        "the same without help": share(last("success_alone_last_20")),
+        "success": share(last("success_last_20"), f" of the last {min(LAST, len(ended))}"),
+        "success without help": share(last("success_alone_last_20"), f" of the last {min(LAST, len(ended))}"),
         "steps that a person drove": share((column("intervention_share") * steps).sum() / max(1, steps.sum())),
         "interventions": int(np.nansum(column("interventions"))),
-        "updates": None if (updates := last("updates")) is None else int(updates),
+        "updates": updates_made(folder, last("updates")),
     }
     if (place := newest(folder)) is not None:
         found |= evaluated(Evaluation.load(place))
@@ -128,6 +130,13 @@ def figures(folder: Path) -> dict[str, Any]:
     if known := [part for part in parts if part is not None]:
         found["time"] = "at least " * (len(known) < len(parts)) + duration(sum(known))
     return found
+
+
+def updates_made(folder: Path, measured: float | None) -> int | None:
+    """The run's updates: those at its end, where it ended by itself. Only each 50th is `measured`."""
+    ends = [event for event in read_events(folder) if event["kind"] in ("started", "ended")]
+    known = [] if measured is None else [int(measured)]
+    return max([*known, *(event["updates"] for event in ends[-1:] if event["kind"] == "ended")], default=None)
 
 
 def compared(folder: Path, began: float, config: dict[str, Any]) -> Section:
@@ -147,7 +156,7 @@ def curves(metrics: Mapping[str, Sequence[float]]) -> list[Section]:
     for heading, words, plots in CURVES:
         drawn: list[str] = []
         for title, names in plots:
-            series = {name: (metrics["step"], metrics[name]) for name in names if name in metrics}
+            series = {name.replace("_", " "): (metrics["step"], metrics[name]) for name in names if name in metrics}
             if series:
                 width = HALF if groups or drawn else WIDTH  # the first is what everybody looks for
                 drawn.append(curve(title, "environment step", "", series, width=width))
@@ -297,7 +306,7 @@ def time_split(folder: Path) -> str:
     timed = [(float(row["episode_steps"]) - 1) / float(row["actor_hz"]) for row in ended if row.get("actor_hz")]
     parts = sessions(folder)
     rows = [
-        [f"part {number}", "not known" if length is None else duration(length)]
+        [f"part {number}", "not known, as it did not end by itself" if length is None else duration(length)]
         for number, length in enumerate(parts, 1)
     ]
     rows.append([f"within episodes, {len(timed)} of {len(ended)} of known rate", duration(sum(timed))])

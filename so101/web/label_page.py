@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from so101.data.dataset import Dataset, Episode, open_dataset
-from so101.data.labels import WANTED_NEGATIVE, WANTED_POSITIVE, EpisodeLabel, Labels, label_episode, labels_path
+from so101.data.labels import EpisodeLabel, Labels, frames_wanted, label_episode, labels_path
 from so101.errors import DataError
 from so101.images import preprocess
 from so101.schema import Preprocess
@@ -51,6 +51,7 @@ class LabelPage:
         """What a Server serves."""
         return {
             "GET ": static("label.html"),
+            "GET common.js": static("common.js"),
             "GET label.js": static("label.js"),
             "GET style.css": static("style.css"),
             "GET api/about": self.about,
@@ -82,7 +83,6 @@ class LabelPage:
                 "image": asdict(self.spec),
                 "notes": self.dataset.notes,
                 "read_only": self.read_only,
-                "wanted": [WANTED_POSITIVE, *WANTED_NEGATIVE],
                 "threshold": self.judge.threshold if self.judge else None,
             }
         )
@@ -98,7 +98,7 @@ class LabelPage:
         return f"{_stamp(self.labels_file)}-{self._opened}"
 
     def _listed(self) -> Answer:
-        """Every episode with its label; `recorded` is another where it was recorded anew."""
+        """Every episode with its label, and what their frames lack; `recorded` is another where it was made anew."""
         version, problem, labels = self._version(), None, {}
         try:
             labels = self._labels()
@@ -108,7 +108,10 @@ class LabelPage:
             {**_row(episode, labels.get(episode.index)), "recorded": self._recorded.get(episode.index)}
             for episode in self.dataset.episodes
         ]
-        return as_json({"version": version, "problem": problem, "episodes": rows})
+        codes = "".join(row["frames"] for row in rows if not (row["label"] or {}).get("skip"))
+        wanted = frames_wanted(codes.count("1"), codes.count("0") + codes.count("x"))
+        told = [each._asdict() for each in wanted]
+        return as_json({"version": version, "problem": problem, "episodes": rows, "wanted": told})
 
     def frame(self, request: Request) -> Answer:
         """One frame as recorded, as JPEG."""

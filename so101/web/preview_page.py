@@ -71,6 +71,7 @@ def _routes(queue: Queue) -> dict[str, Route]:
     """Those that both kinds of preview have."""
     return {
         "GET ": static("preview.html"),
+        "GET common.js": static("common.js"),
         "GET preview.js": static("preview.js"),
         "GET style.css": static("style.css"),
         "GET preview.css": static("preview.css"),

@@ -7,13 +7,12 @@ const AHEAD = 4; // frames fetched before they are asked for
 const PATIENCE_MS = 10000; // after which a server that does not answer is told of
 const LARGE_MS = 60000; // the same for pictures and curves: 2 MB through a slow tunnel
 const POLL_MS = 2000; // how often the label file is looked at for what others changed
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]; // Okabe and Ito, as in plots.py
-const FRAME = { 1: "var(--success)", 0: "var(--failure)", x: "var(--excluded)", "-": "var(--unlabelled)" };
+const FRAME = { 1: "--success", 0: "--failure", x: "--excluded", "-": "--unlabelled" };
 const MEANING = { 1: "success", 0: "failure", x: "excluded, so failure", "-": "unlabelled" };
 
-const $ = (id) => document.getElementById(id);
 let about; // what does not change
 let episodes = []; // each {length, observations, task, label, text, problem, frames, recorded}
+let wanted = []; // each {name, have, goal, missing}: the labelled frames of a kind
 let version = "";
 let at = { episode: 0, frame: 0 };
 let recorded = null; // which recording of that episode is shown: another one may come in its place
@@ -178,6 +177,7 @@ function take(answer) {
   if (!answer.episodes) return;
   const before = episodes.map((episode) => episode.recorded);
   episodes = answer.episodes;
+  wanted = answer.wanted;
   const others = episodes.flatMap((episode, index) => (episode.recorded === before[index] ? [] : index));
   for (const index of others) delete opened[index];
   for (const [index, { label }] of unsaved) {
@@ -271,12 +271,6 @@ function showProblems() {
   $("problem").textContent = [lost, server, problems.labels].filter(Boolean).join(" · ");
   $("problem").hidden = !$("problem").textContent;
 }
-
-const element = (tag, properties = {}, ...children) => {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-};
 
 // ---- going somewhere
 
@@ -455,8 +449,6 @@ function runs(codes) {
 }
 
 function showLabels() {
-  let positive = 0;
-  let negative = 0;
   episodes.forEach((episode, index) => {
     const row = $("episodes").children[index];
     const skipped = episode.label?.skip;
@@ -468,34 +460,29 @@ function showLabels() {
     row.querySelector(".length").textContent = episode.observations;
     const parts = runs(episode.frames).map(({ code, start, end }) => {
       const percent = (frame) => `${((100 * frame) / episode.observations).toFixed(2)}%`;
-      return `${FRAME[code]} ${percent(start)} ${percent(end)}`;
+      return `var(${FRAME[code]}) ${percent(start)} ${percent(end)}`;
     });
     row.querySelector(".band").style.background = `linear-gradient(90deg, ${parts.join(", ")})`;
-    if (skipped) return;
-    for (const code of episode.frames) {
-      positive += code === "1";
-      negative += code === "0" || code === "x";
-    }
   });
   const unlabelled = episodes.filter((episode) => !episode.label).length;
-  const [wanted, low, high] = about.wanted;
-  const many = Math.max(positive, wanted);
   showTotals([
-    ["labelled", episodes.length - unlabelled, `of ${episodes.length} episodes`, episodes.length, "var(--blue)"],
-    ["positive", positive, `positive frames, ${wanted} wanted`, wanted, "var(--success)"],
-    ["negative", negative, `negative, ${low * many} to ${high * many} wanted`, low * many, "var(--failure)"],
+    ["labelled", episodes.length - unlabelled, `of ${episodes.length} episodes`, unlabelled],
+    ...wanted.map(({ name, have, goal, missing }) => (
+      [name, have, `${name}, ${goal} wanted${missing ? "" : ": enough"}`, missing]
+    )),
   ]);
   findDifferences();
   drawPlace();
 }
 
 function showTotals(totals) {
-  $("totals").replaceChildren(...totals.map(([id, count, text, goal, colour]) => {
+  $("totals").replaceChildren(...totals.map(([id, count, text, missing]) => {
     const fill = element("i");
-    fill.style.width = `${Math.min(100, (100 * count) / Math.max(1, goal))}%`;
-    fill.style.background = colour;
-    return element("div", { className: "total", id: `total-${id}` }, element("b", { textContent: count }), ` ${text}`,
-      element("div", { className: "bar" }, fill));
+    fill.style.width = `${(100 * count) / Math.max(1, count + missing)}%`;
+    fill.style.background = `var(${missing ? "--blue" : "--success"})`;
+    const title = missing ? `${missing} to go` : "";
+    return element("div", { className: "total", id: `total-${id}`, title }, element("b", { textContent: count }),
+      ` ${text}`, element("div", { className: "bar" }, fill));
   }));
 }
 
@@ -660,22 +647,6 @@ const CURVE_PX = [76, 36]; // in a window of less height than LOW_PX the second
 const LOW_PX = 480;
 const RULER_PX = 16;
 
-/** A brush in CSS pixels on a canvas that is as sharp as the screen. */
-function sharp(canvas, height) {
-  const width = canvas.clientWidth;
-  const ratio = window.devicePixelRatio;
-  canvas.style.height = `${height}px`;
-  canvas.width = Math.round(width * ratio);
-  canvas.height = Math.round(height * ratio);
-  const brush = canvas.getContext("2d");
-  brush.scale(ratio, ratio);
-  brush.font = "11px system-ui, sans-serif";
-  return { brush, width };
-}
-
-const css = getComputedStyle(document.documentElement);
-const colour = (name) => css.getPropertyValue(name.slice(4, -1));
-
 function drawPlace() {
   const episode = episodes[at.episode];
   if (!episode) return;
@@ -697,7 +668,9 @@ function drawPlace() {
 function drawRibbon(episode) {
   const ribbon = $("ribbon");
   const upper = about.threshold === null ? 0 : CURVE_PX[Number(window.innerHeight < LOW_PX)];
-  const { brush, width } = sharp(ribbon, upper + BAND_PX + RULER_PX);
+  ribbon.style.height = `${upper + BAND_PX + RULER_PX}px`;
+  const [brush, width] = fit(ribbon);
+  brush.font = "11px system-ui, sans-serif";
   const cell = width / episode.observations;
   const answer = verdict(at.episode);
   if (upper) {
@@ -832,13 +805,11 @@ function makeCurve(name, entries) {
   return { root, canvas, entries, values, low: middle - 1.1 * half, high: middle + 1.1 * half };
 }
 
-const CURVE_HEIGHT_PX = 84;
-
 function drawCurves() {
   for (const { canvas, entries, values, low, high } of curves) {
-    const { brush, width } = sharp(canvas, CURVE_HEIGHT_PX);
+    const [brush, width, height] = fit(canvas);
     const cell = width / episodes[at.episode].observations;
-    const y = (value) => CURVE_HEIGHT_PX - 3 - ((value - low) / (high - low)) * (CURVE_HEIGHT_PX - 6);
+    const y = (value) => height - 3 - ((value - low) / (high - low)) * (height - 6);
     if (low < 0 && high > 0) {
       brush.fillStyle = "#e7eaee";
       brush.fillRect(0, y(0), width, 1);
@@ -854,10 +825,10 @@ function drawCurves() {
       });
       brush.stroke();
       const value = entry.values[at.frame];
-      values[i].textContent = value === undefined ? "" : value === null ? "not a number" : value;
+      values[i].textContent = value === undefined ? "" : value === null ? "not a number" : inWords(value);
     });
     brush.fillStyle = "rgb(31 35 40 / 15%)";
-    brush.fillRect(at.frame * cell, 0, Math.max(cell, 2), CURVE_HEIGHT_PX);
+    brush.fillRect(at.frame * cell, 0, Math.max(cell, 2), height);
   }
 }
 

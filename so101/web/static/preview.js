@@ -9,8 +9,6 @@ const AGAIN_MS = 1000; // before the next try to reach a program that is gone
 const SETTLE_MS = 80; // of the slider, before it is asked what the threshold would change
 const SPEED_MS = 1000;
 
-const $ = (id) => document.getElementById(id);
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 let about; // what does not change
 let queue; // what was marked
@@ -188,16 +186,6 @@ function fill(table, lines, tag = "td") {
     }));
     return row;
   }));
-}
-
-function fit(canvas) { // to its size on the page
-  const scale = window.devicePixelRatio;
-  const { width, height } = canvas.getBoundingClientRect();
-  canvas.width = Math.round(width * scale);
-  canvas.height = Math.round(height * scale);
-  const pen = canvas.getContext("2d");
-  pen.scale(scale, scale);
-  return [pen, width, height];
 }
 
 function across(series, width) { // the x of a point, and how wide one is
