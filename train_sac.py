@@ -23,7 +23,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -321,6 +321,7 @@ def run_alone(config: Config) -> None:
         )
         link = LearnerEnd(make_secret(secret_path(config)), config.link.port or 0, agreed(config, learner.trunk_hash))
         stack.enter_context(closing(link))
+        link.report(learner.status(), at_once=True)  # an actor that finds it says from which update it goes on
         write_atomic(folder / ADDRESS, json.dumps({"port": link.port}))
         print(f"learner: listening on 127.0.0.1:{link.port}, secret in {secret_path(config)}", flush=True)
         stack.callback(learner.save_last)  # on Ctrl-C as well
@@ -462,7 +463,8 @@ def finish(config: Config, done: bool) -> None:
     if not done:
         print("ended by the person; resume=true goes on")
     elif config.evaluation_episodes:
-        infer.main(infer.Config(run=config.output, episodes=config.evaluation_episodes, seed=config.seed + 10_000))
+        wanted = infer.Config(run=config.output, episodes=config.evaluation_episodes, seed=config.seed + 10_000)
+        infer.main(replace(wanted, page=config.page, page_port=config.page_port))
         report(config)
     print(f"report: {folder / 'report.html'}")
 

@@ -71,6 +71,8 @@ class Actor:
 
     def close(self) -> None:
         """Tell the learner, and let go of the files."""
+        if self._taken:  # with the updates that the last steps were followed by
+            self._show()
         self.progress.close()
         self.link.close()
         self.episodes.close()
@@ -144,6 +146,8 @@ class Actor:
 
     def take_verdict(self, pressed: frozenset[str]) -> None:
         """A key pressed while the arm reset corrects the episode just ended, here and in its labels."""
+        if "redo" in pressed and self._ended:
+            self.progress.say("r came too late: the episode has been learned from; s or f say how it ended")
         if not pressed & {"success", "failure"} or not self._ended:
             return
         success, number = "failure" not in pressed, self.episodes.episodes - 1
@@ -201,7 +205,7 @@ class Actor:
             self.progress.say(alarm)
         self._alarms = len(status.alarms)
         self.progress.update(
-            min(self.steps, self.progress.total), episode=self.episodes.episodes,
+            self.steps, episode=self.episodes.episodes,
             success=f"{sum(self.recent)}/{len(self.recent)}",
             alone=f"{sum(self.alone)}/{len(self.alone)}", updates=status.updates,
             replay=f"{status.online}+{status.demonstrations}",

@@ -192,10 +192,13 @@ class Env:
         self._time: float | None = None  # of that measurement; None at the start of an episode
         self._steps = 0
 
-    def reset(self, person_drives: bool = False, start: np.ndarray | None = None) -> tuple[Observation, frozenset[str]]:
+    def reset(
+        self, person_drives: bool = False, start: np.ndarray | None = None, place: str | None = None
+    ) -> tuple[Observation, frozenset[str]]:
         """Lift, go to the start pose, wait while the object is placed; return the first observation.
 
-        `start` (3,) m is that pose; None: home, with its random offset. The second value holds the keys pressed
+        `start` (3,) m is that pose; None: home, with its random offset. `place` says in words where the object has to
+        be, if that matters. The second value holds the keys pressed
         meanwhile: a verdict there corrects the episode just ended. The key to quit ends the reset where it is; what is
         observed there begins no episode.
         """
@@ -209,7 +212,7 @@ class Env:
             if not self.teleop.quits():
                 safety.lift(self.arm, self.clock, self._bring_along, self._read)
                 self._go_home(start)
-        events = self.teleop.place_object(self.clock, self.config.reset_time_s, self._read)
+        events = self.teleop.place_object(self.clock, self.config.reset_time_s, self._read, place)
         if self.detector is not None:
             self.detector.reset()
         self._steps, self._time, quits = 0, None, "quit" in events
@@ -262,18 +265,31 @@ class Env:
         self._steps += 1
         terminated = (success and self.success_ends) or failure
         truncated = not terminated and self._steps >= self.config.max_steps
+        events = human.events
+        if terminated or truncated:
+            events |= self.teleop.still_there(self.clock, self._read)
         for ended, cue in ((success, SUCCESS), (failure, FAILURE), (truncated, TIME_OUT)):
-            if ended and (terminated or truncated):
+            if ended and (terminated or truncated) and "redo" not in events:
                 self.teleop.hear(cue)
         lag = float(np.linalg.norm(self.target - self._tool))
         reward = self.reward.of(success)
-        step = Step(observation, action, by_human, reward, success, terminated, truncated, human.events, lag, late)
+        step = Step(observation, action, by_human, reward, success, terminated, truncated, events, lag, late)
         if self.flight is not None:
             result = {"success": success, "terminated": terminated, "truncated": truncated}
             self.flight.note("step", {"action": action, "by_human": by_human, **result, "lag": lag, "late": late})
         if self.screen is not None:
             self.screen.show(self, observation, step)
         return step
+
+    @property
+    def edge(self) -> np.ndarray:
+        """At which edge of its box the target is, (3,) of x, y, z: 1 the upper, -1 the lower, 0 neither."""
+        return (self.target >= self._high) * 1.0 - (self.target <= self._low)
+
+    @property
+    def left(self) -> float:
+        """Seconds until time is up."""
+        return (self.config.max_steps - self._steps) / self.config.fps
 
     def _to_action(self, displacement: np.ndarray, opening: float) -> np.ndarray:
         """The action (4,), clipped, that moves the target by (3,) m and the gripper by an opening."""

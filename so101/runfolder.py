@@ -24,7 +24,9 @@ def check_run(folder: Path, config: Any) -> None:
     A change is printed; config.changed says that it is meant.
     """
     if not folder.exists() or ((folder / "config.json").exists() and not begun(folder)):
-        return  # new, or begun and stopped before anything was kept
+        if config.resume:  # right after a kill that came before all else; wrong with a name that is mistyped
+            print(f"{folder}: holds nothing to resume, so the run begins here")
+        return
     if not config.resume:
         raise DataError(f"{folder}: exists and is never overwritten; name another with output=, or resume=true")
     before = configs.flat(configs.to_dict(configs.load(type(config), folder / "config.json")))

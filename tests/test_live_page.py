@@ -72,10 +72,9 @@ class Watching:
 
 
 def send(client: Client, path: str, **body: Any) -> tuple[int, Any]:
-    """A POST as the page's own script makes it."""
-    status, content = client.raw(
-        "POST", f"/{client.token}/{path}", json.dumps(body).encode(), Origin=f"http://{client.host}"
-    )
+    """A POST as the page's own script makes it, which has just seen the newest state."""
+    signed = json.dumps({"seen": time.monotonic(), **body}).encode()
+    status, content = client.raw("POST", f"/{client.token}/{path}", signed, Origin=f"http://{client.host}")
     return status, json.loads(content)
 
 
@@ -129,7 +128,7 @@ class Beats:
 
 
 def test_the_page_shows_what_the_control_step_saw(page: LivePage, client: Client) -> None:
-    page.judge = SimpleNamespace(probability=0.75, threshold=0.5)
+    page.judge = SimpleNamespace(probability=0.75, threshold=0.5, vetoed=True)
     with driven(page) as (env, rig):
         send(client, "api/hand", who="me", number=1, hand=[0.5, 0, 0, 0])
         env.reset(person_drives=True)
@@ -146,7 +145,8 @@ def test_the_page_shows_what_the_control_step_saw(page: LivePage, client: Client
         assert state["opening"] == pytest.approx(seen.state[OPENING], abs=1e-4)
         assert state["action"] == [0.5, 0, 0, 0] and state["ticks"] == ["-", "b", "b", "b"]
         assert (state["driver"], state["recording"], state["paused"], state["leader"]) == ("page", True, False, False)
-        assert (state["probability"], state["threshold"], state["wheel"]) == (0.75, 0.5, "me")
+        assert (state["probability"], state["threshold"], state["vetoed"], state["wheel"]) == (0.75, 0.5, True, "me")
+        assert state["left"] == 9.7  # of ten seconds, after three ticks of 0.1
         assert state["temperature"] == env.watchdog.newest.temperature.tolist() and len(state["load"]) == 6
         assert state["lag"] == pytest.approx(steps[-1].lag) and state["lag"] > 0.005
         assert state["periods"] == pytest.approx([0.1] * 3) and state["overruns"] == 0
@@ -218,10 +218,14 @@ def test_what_is_held_is_the_action_and_the_arm_goes_there(page: LivePage, clien
         # ten ticks of half of 0.02 m to the left; the gripper shuts to the least of its range
         assert env.target - target == pytest.approx([0, 0.1, 0], abs=1e-6) and env.opening == 0.05
         assert step.observation.state[TOOL_XYZ] - start == pytest.approx([0, 0.1, 0], abs=0.02)
+        for number in range(12, 18):  # the box ends at 0.15
+            send(client, "api/hand", who="me", number=number, hand=[0, 1, 0, 0])
+            edges = [page._state["edge"].tolist(), env.step(STILL) and page._state["edge"].tolist()]
+        assert edges == [[0, 1, 0], [0, 1, 0]] and env.target[1] == 0.15
         send(client, "api/hand", who="me", number=20, hand=None)
         assert page.hand() is None
-        step = env.step(np.ones(4))  # nobody drives: it holds, and takes nothing from the policy
-        assert step.by_human and step.action.tolist() == [0, 0, 0, 0]
+        step = env.step(np.ones(4))  # nobody drives: it holds, and the rows of nobody are left out
+        assert step.by_human and step.action.tolist() == [0, 0, 0, 0] and step.events == {"redo"}
 
 
 def test_without_a_sign_of_life_the_arm_stands_still_within_the_heartbeat_and_after_two_seconds_the_episode_is_dropped(
@@ -262,6 +266,52 @@ def test_a_stall_of_the_line_is_over_as_soon_as_it_goes_on(page: LivePage, clien
         send(client, "api/hand", who="me", number=2, hand=[0.3, 0, 0, 0])
         step = env.step(STILL)
         assert step.action[0] == pytest.approx(0.3) and not step.events and not rig.teleop.paused
+
+
+def test_what_a_stalled_line_brings_late_moves_nothing_and_means_nothing(page: LivePage, client: Client) -> None:
+    """A tunnel that hangs keeps what was sent, and brings it when it goes on: a key that was held 20 s ago, say."""
+    with driven(page) as (env, rig):
+        send(client, "api/hand", who="me", number=1, hand=[0, 0, 0, 0])
+        env.reset(person_drives=True)
+        signs = ((0.5, 0.3, 0.3), (1.5, 0.7, 0.3), (20.0, 0.7, 0.3), (0.0, 0.7, 0.7))
+        for number, (age, hand, taken) in enumerate(signs, 2):
+            seen = time.monotonic() - age
+            status, answer = send(client, "api/hand", who="me", number=number, hand=[hand, 0, 0, 0], seen=seen)
+            assert status == 200 and ("late" in answer) == (taken != hand), age
+            assert env.step(STILL).action[0] == pytest.approx(taken), age
+        page._wheel = ("me", page._wheel[1] - 1.0, page._wheel[2])  # type: ignore[index]  # a second of silence
+        send(client, "api/hand", who="me", number=200, hand=[1, 0, 0, 0], seen=time.monotonic() - 1.1)
+        assert env.step(STILL).action[0] == 0 and page.silent()  # no sign of life
+    for event in ("success", "pause", "intervene"):
+        status, answer = send(client, "api/press", event=event, seen=time.monotonic() - 2.5)
+        assert status == 422 and answer["error"] == "it came 2.5 s after what you saw; look, and press again"
+    send(client, "api/press", event="quit", seen=time.monotonic() - 20)  # to end is right at any time
+    assert page.poll() == ["quit"]
+    for seen in (None, "1", True, 10**400, -1, time.monotonic() + 5):
+        status, answer = send(client, "api/hand", who="me", number=300, hand=None, seen=seen)
+        assert status == 422 and "must be `now` of the newest state" in answer["error"], seen
+
+
+def test_a_page_lost_just_before_the_end_of_its_episode_costs_it_and_a_short_stall_does_not(
+    page: LivePage, client: Client
+) -> None:
+    """Its last rows would be nobody's: up to two seconds of zeros, as what a person did."""
+    with driven(page, control_time_s=0.5) as (env, rig):
+        for stall, events in ((0.4, frozenset()), (3.0, {"redo"})):
+            send(client, "api/hand", who="me", number=1 + int(stall), hand=[0, 0, 0, 0])
+            env.reset(person_drives=True)
+            for number in range(4):
+                send(client, "api/hand", who="me", number=10 + int(stall) + number, hand=[0.3, 0, 0, 0])
+                assert not env.step(STILL).truncated
+            page._wheel = ("me", page._wheel[1] - 0.4, page._wheel[2])  # type: ignore[index]  # the heartbeat is over
+            said = {"who": "me", "number": 90, "hand": [0, 0, 0, 0]}
+            speaks = threading.Timer(stall, send, (client, "api/hand"), said)
+            speaks.start()
+            step = env.step(STILL)
+            speaks.cancel() if events else speaks.join()
+            assert step.truncated and step.events == events and rig.teleop.paused == bool(events)
+        assert "time out" in (told := [words for _, _, words in page._told]) and told.count("time out") == 1
+        assert told[-1] == LOST.text
 
 
 def test_one_page_drives_and_another_one_only_after_it_let_go_or_was_silent(
@@ -324,6 +374,7 @@ def test_who_has_no_token_and_any_other_site_gets_nothing(page: LivePage, client
 
 def test_the_last_twenty_outcomes_are_those_of_finished_episodes_with_the_persons_last_word(page: LivePage) -> None:
     env: Any = SimpleNamespace(
+        detector=None, left=0.0, edge=np.zeros(3),
         teleop=SimpleNamespace(driver="policy", recording=False, paused=False, afterwards=frozenset(), leader=None),
         watchdog=SimpleNamespace(newest=None), rate=SimpleNamespace(period=0.1, busy=0.0, overruns=0),
     )  # fmt: skip
@@ -341,12 +392,13 @@ def test_the_last_twenty_outcomes_are_those_of_finished_episodes_with_the_person
 
     reset("success")  # of nothing
     for ends, pressed, outcome in (
-        (lambda: step(True, True), (), True),
-        (lambda: step(False, True, "failure"), (), False),
-        (lambda: [step(True, False, "success"), step(), step()], (), True),  # a recording goes on after it
-        (lambda: [step(True, False, "success"), step(False, True, "failure")], (), False),
-        (lambda: step(), ("success",), True),
-        (lambda: step(True, True), ("failure",), False),
+        (lambda: step(True, True), (), "success"),
+        (lambda: step(False, True, "failure"), (), "failure"),
+        (lambda: [step(True, False, "success"), step(), step()], (), "success"),  # a recording goes on after it
+        (lambda: [step(True, False, "success"), step(False, True, "failure")], (), "failure"),
+        (lambda: step(), (), "unlabelled"),  # time ran out, and nobody said how it ended
+        (lambda: step(), ("success",), "success"),
+        (lambda: step(True, True), ("failure",), "failure"),
         (lambda: step(True, True), ("redo",), None),  # left out
         (lambda: step(True, False, "redo"), (), None),
         (lambda: [step(), page.hear(DROPPED.about("a camera was lost"))], ("success",), None),
@@ -355,10 +407,14 @@ def test_the_last_twenty_outcomes_are_those_of_finished_episodes_with_the_person
         ends()  # type: ignore[no-untyped-call]
         reset(*pressed)
         assert list(page._outcomes) == before + ([] if outcome is None else [outcome])
+    env.detector = SimpleNamespace()
+    step()  # a classifier looked, and saw no success
+    reset()
+    assert page._outcomes[-1] == "failure"
     for _ in range(30):
         step(True, True)
         reset()
-    assert page._copy(0, 0)["outcomes"] == [True] * 20
+    assert page._copy(0, 0)["outcomes"] == ["success"] * 20
 
 
 class Real:
@@ -395,6 +451,7 @@ def test_real_cameras_are_shown_between_the_ticks_and_a_lost_one_is_not_taken_fo
 def shown(page: LivePage, frame: np.ndarray) -> float:
     """Seconds that the control loop spends on showing a frame."""
     env: Any = SimpleNamespace(
+        detector=None, left=0.0, edge=np.zeros(3),
         teleop=SimpleNamespace(driver="policy", recording=False, paused=False, afterwards=frozenset(), leader=None),
         watchdog=SimpleNamespace(newest=None), rate=SimpleNamespace(period=0.1, busy=0.0, overruns=0),
     )  # fmt: skip
@@ -521,6 +578,10 @@ def test_curves_are_those_of_the_metrics_file_however_it_grows(tmp_path: Path) -
     whole = (tmp_path / "metrics.csv").read_bytes()
     (tmp_path / "metrics.csv").write_bytes(whole + b"60,0.")  # half a row
     before = curves.read()
+    (tmp_path / "metrics.csv").write_bytes(whole + b"60,what,,,,,\n\xff,1,\x00,,,,\n")  # damaged: holes in the curves
+    assert curves.read() == before
+    (tmp_path / "metrics.csv").unlink()
+    assert curves.read() == before  # what was read stays
     (tmp_path / "metrics.csv").write_bytes(whole + b"60,0.25,,,,,\n")
     after = curves.read()
     assert list(before["q"]) == list(after["q"][:-1])
@@ -629,7 +690,7 @@ def tool(browser: Chromium, axis: int) -> float:
 def take_the_wheel(browser: Chromium) -> None:
     browser.wait("return state.told && document.querySelector('#told').textContent.includes('press d')", seconds=30)
     browser.press("d")
-    browser.wait("return document.querySelector('#driver').textContent === 'you drive'")
+    browser.wait("return document.querySelector('#driver').textContent.startsWith('you drive, ')")
 
 
 def stands(browser: Chromium) -> bool:
@@ -724,10 +785,8 @@ def test_driving_with_the_keys_the_buttons_and_a_gamepad(
     browser.press("d")
     browser.wait("return document.querySelector('#problem').textContent === arguments[0]",
                  "You do not drive: another page drives; let go of the wheel there first")  # fmt: skip
-    assert browser.run("return [wheel, document.querySelector('#driver').textContent]") == [
-        False,
-        "another page drives, then pause",
-    ]
+    assert not browser.run("return wheel")
+    assert re.fullmatch(r"another page drives, \d+ s left, then pause", browser.text("#driver"))
     browser.switch(driving)
     browser.run("pad.axes = [1, 0, 0, 0]")
     browser.wait("return state.action[1] < 0")
@@ -830,11 +889,11 @@ def test_training_and_evaluation_show_reward_curves_outcomes_and_buffers(
     browser.press("p")
     browser.wait("return document.querySelector('#driver').textContent === 'paused: press p to go on'", seconds=30)
     browser.press("p")
-    browser.wait("return document.querySelector('#driver').textContent === 'policy drives'", seconds=30)
+    browser.wait("return document.querySelector('#driver').textContent.startsWith('policy drives, ')", seconds=30)
     browser.press("d")
     time.sleep(0.3)
     browser.hold("Right")
-    browser.wait("return document.querySelector('#driver').textContent === 'you drive'", seconds=30)
+    browser.wait("return document.querySelector('#driver').textContent.startsWith('you drive, ')", seconds=30)
     browser.release()
     browser.press("q")
     browser.wait("return over", seconds=60)

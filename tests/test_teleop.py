@@ -315,6 +315,9 @@ class Wheel:
     def hand(self):
         return self.held
 
+    def silent(self):
+        return False
+
     def lost(self):
         gone, self.gone = self.gone, False
         self.held = None if gone else self.held
@@ -340,11 +343,23 @@ def test_a_key_held_on_the_page_takes_over_and_its_action_is_what_is_done():
         wheel.held = STILL
         assert env.step(AWAY).action.tolist() == [0, 0, 0, 0] and rig.teleop.driver == "page"  # it waits, he thinks
         assert hand.leader.torque_on.all()  # the leader follows meanwhile
-        wheel.held = None
-        assert env.step(AWAY).action.tolist() == [0, 0, 0, 0]  # he let go of the wheel: it holds until i
-        wheel.keys = ["intervene"]
+        wheel.held = None  # he let go of the wheel: no row of nobody is taken for a person's
         step = env.step(AWAY)
         assert not step.by_human and step.action.tolist() == [0.5, 0, 0, 0] and teleop.POLICY_DRIVES in wheel.heard
+        assert not env.step(AWAY).by_human
+
+
+def test_the_key_stops_the_policy_also_with_nobody_at_the_wheel():
+    with open_rig(RigConfig(leader=None), 0) as rig:
+        wheel = Wheel(rig)
+        env = rig.make_env(EnvConfig(random_ee_reset=False), Preprocess(), RewardSpec(), 0)
+        env.reset()
+        wheel.keys = ["intervene"]
+        for _ in range(5):
+            step = env.step(AWAY)
+            assert step.by_human and step.action.tolist() == [0, 0, 0, 0] and "redo" not in step.events
+        wheel.held = AWAY
+        assert env.step(STILL).action.tolist() == AWAY.tolist()
 
 
 def test_a_key_still_held_on_the_page_does_not_take_over_again_right_after_handing_back():

@@ -53,6 +53,7 @@ KEY_HELP = (
 )
 HELD_DOWN_S = 0.7  # a key that comes again sooner was not let go; terminals repeat after 0.25 .. 0.66 s
 ESCAPE = re.compile(r"\x1b(?:[\[O][0-9;]*[A-Za-z~])?")  # F2 sends ESC O Q: no reason to quit
+PLACE_S = 30.0  # s given to place the object just where it is said: with a ruler it takes longer than a reset
 PAUSE_LOOK = 0.1  # s; between two looks at the keys and the servos while the object is placed
 DROPS_IN_A_ROW = 3  # episodes; then it is no accident any more
 # What the program tells the person, and the simulated person acts on.
@@ -61,6 +62,7 @@ DEMONSTRATE_FAILURE = Cue("task", "demonstrate a failure")
 TRAINING = Cue("task", "the policy drives: help where it needs help")
 EVALUATION = Cue("task", "the policy drives: hands off")
 PLACE_CUBE = Cue("reset", "resetting: place the cube, {} seconds", (440, 440))
+PLACE_AT = Cue("reset", f"place the object {{}}; press p when it is there, or it starts in {PLACE_S:g} s", (440, 440))
 RECORDING = Cue("start", "recording episode {}", (440, 660))
 POLICY_STARTS = Cue("start", "the policy starts", (440, 660))
 SUCCESS = Cue("success", "success", (523, 659, 784))
@@ -72,6 +74,7 @@ PAUSED = Cue("pause", "paused after this episode: press p to go on", (440, 330, 
 GOES_ON = Cue("pause", "goes on", (440, 550))
 NOBODY_DRIVES = Cue("pause", "nobody drives: press d on the page, and it begins", (440, 440))
 LOST = Cue("pause", "the page was lost while it drove: the episode is dropped; press p to go on", (440, 330, 440))
+LET_GO = Cue("dropped", "the wheel was let go: the episode is dropped", (330, 262))
 DROPPED = Cue("dropped", "episode dropped: {}", (330, 262))
 STOPPED = Cue("fault", "the arm was stopped", (880, 220, 880, 220))
 
@@ -130,6 +133,9 @@ class Pendant(Protocol):
 
     def hand(self) -> np.ndarray | None:
         """The action (4,) that is held there now, zero where nothing is; None where nobody is to drive from there."""
+
+    def silent(self) -> bool:
+        """Whether who is to drive from there has just not been heard, and may yet be."""
 
     def lost(self) -> bool:
         """Whether who was to drive from there went away without a word; said once, then there is nobody."""
@@ -286,6 +292,7 @@ class Teleop:
         self._kept: frozenset[str] = frozenset()
         self._caught_up = False  # the leader has been where the follower is since the hand-back
         self._let_go = True  # nothing was held on the page at some time since the hand-back
+        self._at_wheel = False  # somebody was to drive from the page at the last look
         self._ticks_held = np.zeros(5, int)  # by joint, for how long it has been kept from following
         self._offset = np.zeros(3)
         self._openings: tuple[list[float], list[float]] = ([0.0, 1.0], [0.0, 1.0])  # leader's -> follower's
@@ -316,12 +323,23 @@ class Teleop:
         self.afterwards = frozenset()
         self._ticks_held[:] = 0
 
-    def place_object(self, clock: Clock, seconds: float, look: Callable[[], object]) -> frozenset[str]:
+    def place_object(
+        self, clock: Clock, seconds: float, look: Callable[[], object], place: str | None = None
+    ) -> frozenset[str]:
         """Give the person `seconds` to place the object, longer while paused; the keys pressed in a reset.
 
+        Where it has to be at a certain `place`, that is said, and p or PLACE_S end the wait.
         `look` is called every PAUSE_LOOK, for a watchdog: the follower holds itself up meanwhile. Who quits is kept
         no longer.
         """
+        if place is not None and not self.quits():
+            until = np.inf if self.paused else clock.now() + PLACE_S
+            self.paused = True
+            self.hear(PLACE_AT.about(place))
+            try:
+                return self.wait(clock, lambda: not self.paused or clock.now() >= until, look)
+            finally:
+                self.paused = False
         if not self.quits():
             self.hear(PLACE_CUBE.about(f"{seconds:g}"))
         began = clock.now()
@@ -361,18 +379,20 @@ class Teleop:
         tick's reach stays as the distance that the next ticks close, so fast motion is not lost.
         """
         events = self._pressed()
-        if self.pendant is not None and self.pendant.lost() and self.driver == "page":
-            self.paused = self.stranded = True
-            self.hear(LOST)
+        if self._lost():
             return HumanInput(np.zeros(4), events | {"redo"})
         hand = None if self.pendant is None else self.pendant.hand()
+        left, self._at_wheel = self._at_wheel and hand is None, hand is not None
         held = hand is not None and bool(hand.any())
         self._let_go = self._let_go or not held
         keyed = "intervene" in events and not self.recording
         moved = self._ticks_held.max() >= self.config.push_ticks or (held and self._let_go)
         if self.recording and self.leader and (self.driver == "page") != (hand is not None):
             self._drive(target, opening, gripper_reach)  # from the leader to the page, or back
-        elif self.driving and keyed:
+        elif self.recording and left and self.driver == "page":
+            self.hear(LET_GO)
+            return HumanInput(np.zeros(4), events | {"redo"})
+        elif self.driving and (keyed or (left and self.driver == "page")):
             self.hand_back()
             self.hear(POLICY_DRIVES)
         elif not self.driving and (
@@ -389,6 +409,24 @@ class Teleop:
         displacement = tool + self._offset - target
         wanted_opening = float(np.interp(leader_opening, *self._openings))
         return HumanInput(to_action(displacement, wanted_opening - opening), events)
+
+    def still_there(self, clock: Clock, look: Callable[[], object]) -> frozenset[str]:
+        """At an episode's end, wait for a page that drove and is silent just now: its last rows may be nobody's.
+
+        The keys pressed meanwhile, with "redo" where it was lost.
+        """
+        if self.driver != "page" or self.pendant is None or not self.pendant.silent():
+            return frozenset()
+        events = self.wait(clock, lambda: self.pendant is None or not self.pendant.silent(), look)
+        return events | {"redo"} if self._lost() else events
+
+    def _lost(self) -> bool:
+        """Whether who drove from the page is gone; then nothing moves until somebody presses p."""
+        gone = self.pendant is not None and self.pendant.lost() and self.driver == "page"
+        if gone:
+            self.paused, self.stranded, self._at_wheel = True, True, False
+            self.hear(LOST)
+        return gone
 
     def follow(self, position: np.ndarray) -> None:
         """While the policy drives, make the leader track the follower's position (6,), and feel for a hand on it.

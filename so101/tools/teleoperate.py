@@ -49,25 +49,31 @@ def main(config: Config) -> None:
         env = rig.make_env(geometry, config.preprocess, RewardSpec(), config.seed, success_ends=False)
         rig.teleop.hear(DEMONSTRATE)
         observation, pressed = env.reset(person_drives=True)
-        times = [observation.time]
+        periods: list[float] = []
         try:
             if "quit" not in pressed:
-                drive(env, times, page)
+                drive(env, observation.time, periods, page)
         finally:
-            print(summary(np.diff(times), env.rate.overruns))
+            print(summary(np.array(periods), env.rate.overruns))
 
 
-def drive(env: Env, times: list[float], page: LivePage | None) -> None:
-    """Step until the episode ends; adds the time of each observation to `times`."""
+def drive(env: Env, before: float, periods: list[float], page: LivePage | None) -> None:
+    """Step until the time is up, from `before` (s) on; adds how long each tick took to `periods`."""
     with Progress("teleoperate", env.config.max_steps, "tick", page) as progress:
         while True:
             step = env.step(np.zeros(len(ACTION)))
-            times.append(step.observation.time)
+            periods.append(step.observation.time - before)
+            before = step.observation.time
             tool = " ".join(f"{metres:+.3f}" for metres in step.observation.state[TOOL_XYZ])
             opening = float(step.observation.state[OPENING])
-            progress.update(len(times) - 1, tool=tool, opening=opening, lag_mm=1000 * step.lag, late=env.rate.overruns)
-            if step.truncated or step.terminated or "quit" in step.events:
+            progress.update(len(periods), tool=tool, opening=opening, lag_mm=1000 * step.lag, late=env.rate.overruns)
+            if step.terminated or "quit" in step.events or len(periods) == env.config.max_steps:
                 return
+            if "redo" in step.events:  # back home; after a page that was lost not before somebody presses p
+                observation, pressed = env.reset(person_drives=True)
+                before = observation.time
+                if "quit" in pressed:
+                    return
 
 
 def summary(periods: np.ndarray, overruns: int) -> str:

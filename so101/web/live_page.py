@@ -6,7 +6,9 @@ watch, and only while somebody does.
 
 Who drives from the page sends ten times a second what he holds. What is older than HEARTBEAT_S counts as let go, so
 a tunnel that breaks, a tab that is hidden or a laptop that is shut stops the motion. Who is not heard for LOST_S is
-gone: the episode that he drove is dropped, and the next one waits for somebody.
+gone: the episode that he drove is dropped, and the next one waits for somebody. A line that stalls keeps what was sent
+and brings it later, so each sign says of when the newest state is that the page had: what answers an old one is no
+sign of life.
 
 A picture that is seconds old is worse than none for who drives. So the page says how many it has got, and no more are
 on their way to it than its line takes (`_Watcher`).
@@ -29,14 +31,16 @@ from so101.env import Camera, Env, Observation, Step
 from so101.errors import DataError, EpisodeAborted
 from so101.robot.sound import Cue
 from so101.robot.teleop import DROPPED, KEYS, Teleop
+from so101.runlog import as_number
 from so101.schema import ACTION, JOINTS, OPENING, TOOL_XYZ
 from so101.web.server import Answer, Request, Route, Server, Stream, as_jpeg, as_json, as_png, static, to_json
 
 HEARTBEAT_S = 0.3  # without one so long what is held counts as let go
 LOST_S = 2.0  # and after so long whoever held it as gone
+STALE_S = 1.0  # no older is the state that a sign answers: through 150 ms each way 0.5 s, 0.7 between episodes
 STREAM_FPS = 30  # of a simulation, at most; without a pace it makes hundreds of ticks a second
 LOOK_S = 1 / 60  # between two looks at real cameras: each frame of one at 30 a second is shown
-STILL_THERE_S = 0.5  # at least so often the page hears something
+STILL_THERE_S = 0.25  # at least so often the page hears something
 JPEG_QUALITY = 75
 # Pictures on their way to one page: at first, at most, and s beyond the shortest way seen that mean a queue. Of 46 KB
 # each, a line of 1 MB/s takes 20 a second, and 2 MB in the buffers of an SSH tunnel would be 2 s.
@@ -63,6 +67,10 @@ class Judge(Protocol):
     def threshold(self) -> float:
         """Above it a frame counts as success."""
 
+    @property
+    def vetoed(self) -> bool:
+        """Whether the newest frame is above it and the state guard says no."""
+
 
 class LivePage:
     """One running script. The loop's side never waits for the browser's."""
@@ -86,8 +94,8 @@ class LivePage:
         self._ticks: deque[tuple[int, str]] = deque(maxlen=KEPT_TICKS)
         self._periods: deque[float] = deque(maxlen=LATEST)
         self._told: deque[tuple[int, str, str]] = deque(maxlen=KEPT_LINES)  # number, kind, words
-        self._outcomes: deque[bool] = deque(maxlen=LAST)  # whether the episodes before this one succeeded
-        self._success: bool | None = None  # whether this one has so far; None where there is none, or it was dropped
+        self._outcomes: deque[str] = deque(maxlen=LAST)  # how the episodes before this one ended
+        self._outcome = ""  # how this one has so far; "" where there is none, or it was dropped
         # What the browsers sent.
         self._pressed: list[str] = []  # each event once
         self._wheel: tuple[str, float, np.ndarray] | None = None  # who drives, when heard (s), what is held (4,)
@@ -101,6 +109,7 @@ class LivePage:
         """What a Server serves."""
         return {
             "GET ": static("live.html"),
+            "GET common.js": static("common.js"),
             "GET live.js": static("live.js"),
             "GET style.css": static("style.css"),
             "GET live.css": static("live.css"),
@@ -123,34 +132,46 @@ class LivePage:
         teleop, reading, rate, state = env.teleop, env.watchdog.newest, env.rate, observation.state
         seen: dict[str, Any] = {
             "tool": state[TOOL_XYZ], "opening": state[OPENING],
-            "period": rate.period, "busy": rate.busy, "overruns": rate.overruns,
+            "left": env.left, "period": rate.period, "busy": rate.busy, "overruns": rate.overruns,
         }  # fmt: skip
         if reading is not None:
             seen |= {"temperature": reading.temperature, "load": reading.load, "voltage": reading.voltage}
+        if (judge := self.judge) is not None:
+            seen |= {"probability": judge.probability, "threshold": judge.threshold, "vetoed": judge.vetoed}
         driver = end = ""
         if step is not None:
-            seen |= {"action": step.action, "lag": step.lag}
+            seen |= {"action": step.action, "lag": step.lag, "edge": env.edge}
             driver = {"policy": "p", "leader": "l", "page": "b"}[teleop.driver]
             end = "S" if step.success else "F" if step.terminated else "T" if step.truncated else ""
         with self._changed:
             if step is not None:
                 self._periods.append(observation.time - self._observed)
-            self._count(step, teleop.afterwards)
+            self._count(step, teleop.afterwards, env.detector is not None)
             self._teleop, self._state, self._views = teleop, seen, list(observation.images)
             self._frames |= observation.frames
             self._tick, self._shown, self._observed = self._tick + 1, time.monotonic(), observation.time
             self._ticks.append((self._tick, (driver or "-") + end))
             self._announce()
 
-    def _count(self, step: Step | None, afterwards: frozenset[str]) -> None:
-        """Keep how the last episodes ended; what is pressed in the reset corrects the one before it."""
+    def _count(self, step: Step | None, afterwards: frozenset[str], judged: bool) -> None:
+        """Keep how the last episodes ended; what is pressed in the reset corrects the one before it.
+
+        Where no classifier judges, one that nobody labels is neither a success nor a failure.
+        """
         if step is not None:
-            dropped = step.events & {"redo", "quit"}
-            self._success = None if dropped else "failure" not in step.events and (step.success or bool(self._success))
+            if step.events & {"redo", "quit"}:
+                self._outcome = ""
+            elif "failure" in step.events:
+                self._outcome = "failure"
+            elif step.success or self._outcome == "success":
+                self._outcome = "success"
+            else:
+                self._outcome = "failure" if judged else "unlabelled"
             return
-        if self._success is not None and "redo" not in afterwards:
-            self._outcomes.append("failure" not in afterwards and ("success" in afterwards or self._success))
-        self._success = None
+        if self._outcome and "redo" not in afterwards:
+            last_word = "failure" if "failure" in afterwards else "success" if "success" in afterwards else ""
+            self._outcomes.append(last_word or self._outcome)
+        self._outcome = ""
 
     def _announce(self) -> None:
         self._news += 1
@@ -165,7 +186,7 @@ class LivePage:
     def hear(self, cue: Cue) -> None:
         """Show what the program tells the person."""
         if cue.kind == DROPPED.kind:
-            self._success = None
+            self._outcome = ""
         self.tell(cue.kind, cue.text)
 
     def tell(self, kind: str, words: str) -> None:
@@ -192,6 +213,11 @@ class LivePage:
             return None
         silent = time.monotonic() - wheel[1]
         return None if silent > LOST_S else wheel[2] if silent <= HEARTBEAT_S else np.zeros(len(ACTION))
+
+    def silent(self) -> bool:
+        """Whether who is to drive has not been heard for HEARTBEAT_S, and not yet for LOST_S."""
+        wheel = self._wheel
+        return wheel is not None and HEARTBEAT_S < time.monotonic() - wheel[1] <= LOST_S
 
     def lost(self) -> bool:
         """Whether who was to drive has not been heard for LOST_S; said once, the wheel is then free."""
@@ -236,10 +262,10 @@ class LivePage:
                     # Real cameras have new frames without any news as well.
                     self._changed.wait_for(self._has_news(news), timeout=LOOK_S if real else STILL_THERE_S)
                     over, fresh, news = self._closed, self._news > news, self._news
-                    raw = self._copy(tick, line)
+                    raw, frames, views = self._copy(tick, line), self._frames.copy(), self._views  # all of one tick
                     tick, line = self._tick, self._told[-1][0] if self._told else 0
                 complaints: dict[str, str] = {}
-                for kind, index, frame in self._pictures(complaints):
+                for kind, index, frame in self._pictures(frames, views, complaints):
                     ready = watcher is None or watcher.may_send()
                     if ready and frame is not shown.get((kind, index)):
                         shown[kind, index] = frame
@@ -262,22 +288,22 @@ class LivePage:
     def _copy(self, tick: int, line: int) -> dict[str, Any]:
         """The state as it is, with the ticks and lines that came after the given ones."""
         teleop, wheel, now = self._teleop, self._wheel, time.monotonic()
-        state: dict[str, Any] = self._state | {"facts": self._facts, "periods": list(self._periods)}
+        state: dict[str, Any] = self._state | {"now": now, "facts": self._facts, "periods": list(self._periods)}
         if teleop is not None:  # asked now: in a reset nothing is shown
             state |= {"driver": teleop.driver, "recording": teleop.recording, "paused": teleop.paused}
             state |= {"leader": teleop.leader is not None, "age": now - self._shown}
-        if self.judge is not None:
-            state |= {"probability": self.judge.probability, "threshold": self.judge.threshold}
         state["wheel"] = wheel[0] if wheel is not None and now - wheel[1] <= LOST_S else None
         state["ticks"] = [said for number, said in self._ticks if number > tick]
         state["told"] = [entry[1:] for entry in self._told if entry[0] > line]
         state["outcomes"] = list(self._outcomes)
         return state
 
-    def _pictures(self, complaints: dict[str, str]) -> Iterator[tuple[int, int, np.ndarray]]:
+    def _pictures(
+        self, frames: dict[str, np.ndarray], views: list[np.ndarray], complaints: dict[str, str]
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
         """The newest frame of each camera, and what the network sees of it; `complaints` gets what each camera says."""
-        for index, name in enumerate(self._cameras or self._frames):
-            frame = self._frames.get(name)
+        for index, name in enumerate(self._cameras or frames):
+            frame = frames.get(name)
             complaints[name] = ""
             if self._cameras:
                 try:
@@ -286,7 +312,7 @@ class LivePage:
                     complaints[name] = str(lost)
             if frame is not None:
                 yield CAMERA, index, frame
-        for index, view in enumerate(self._views):
+        for index, view in enumerate(views):
             yield VIEW, index, view
 
     def _encode(self, kind: int, index: int, frame: np.ndarray) -> bytes:
@@ -315,6 +341,8 @@ class LivePage:
         pressed: Any = request.body.get("event") if isinstance(request.body, dict) else None
         if pressed not in KEYS.values():
             raise DataError(f"event: got {pressed!r}, must be one of {', '.join(KEYS.values())}")
+        if pressed != "quit" and (age := _age(request)) > LOST_S:  # by now it may mean something else
+            raise DataError(f"it came {age:.1f} s after what you saw; look, and press again")
         with self._changed:
             if pressed not in self._pressed:
                 self._pressed.append(pressed)
@@ -323,19 +351,22 @@ class LivePage:
     def hold(self, request: Request) -> Answer:
         """A sign of life of who drives, `who`, with the action (4,) that is held; or null: he lets go of the wheel.
 
-        Each has a `number`: one that was overtaken on its way tells nothing.
+        Each has a `number`: one that was overtaken on its way tells nothing. Nor does one that answers a state older
+        than STALE_S: then the answer says how much older, `late`.
         """
         who, number = _named(request, "number")
         held = request.body.get("hand")
         if not (held is None or _is_action(held)):
             raise DataError(f"hand: got {held!r}, must be null or {len(ACTION)} numbers in -1 .. 1")
-        now = time.monotonic()
+        now, age = time.monotonic(), _age(request)
         with self._changed:
             wheel = self._wheel
             if wheel is not None and wheel[0] != who and now - wheel[1] <= LOST_S:
                 raise DataError("another page drives; let go of the wheel there first")
             if self._heard[0] == who and number <= self._heard[1]:
                 return as_json({})
+            if age > STALE_S:
+                return as_json({"late": age})
             self._heard = who, number
             self._wheel = None if held is None else (who, now, np.array(held, np.float64))
             if (wheel is None) != (held is None):
@@ -368,6 +399,14 @@ def _named(request: Request, what: str) -> tuple[str, int]:
     if not isinstance(who, str) or type(number) is not int:
         raise DataError(f"{what}: got {number!r} of {who!r}, must be a whole number of somebody")
     return who, number
+
+
+def _age(request: Request) -> float:
+    """How long ago it was sent (s), the newest state that whoever asks has seen."""
+    seen, now = request.body.get("seen"), time.monotonic()
+    if type(seen) not in (int, float) or not 0 <= seen <= now:
+        raise DataError(f"seen: got {seen!r}, must be `now` of the newest state that came")
+    return float(now - seen)
 
 
 def _worked_out(state: dict[str, Any]) -> dict[str, Any]:
@@ -435,15 +474,15 @@ class Curves:
                 added = file.read()
             whole = added[: added.rfind(b"\n") + 1]  # a row may be half written
             self._read_up_to += len(whole)
-            for row in csv.DictReader(whole.decode().splitlines(), header.decode().rstrip("\n").split(",")):
+            names = header.decode(errors="replace").rstrip("\n").split(",")
+            for row in csv.DictReader(whole.decode(errors="replace").splitlines(), names):
                 for name in CURVES:
-                    if row.get("step") and row.get(name):
-                        self._points[name].append((float(row["step"]), float(row[name])))
+                    self._points[name].append((as_number(row.get("step")), as_number(row.get(name))))
         return {name: thinned for name, points in self._points.items() if (thinned := _thinned(points))}
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Every so-manieth point, up to the last; NaN and infinity are left out, which JSON has not."""
-    finite = [point for point in points if np.isfinite(point[1])]
+    finite = [point for point in points if np.isfinite(point).all()]
     every = max(1, -(-len(finite) // MOST_POINTS))
     return finite[::-1][::every][::-1]

@@ -14,7 +14,6 @@ const RESETS_S = 0.6; // without a tick so long it is between two episodes
 const DEAD_ZONE = 0.15; // of a stick that nobody touches
 const KEPT_TICKS = 600;
 const HOT = 50; // deg C; the program warns at 55
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]; // Okabe and Ito, as in plots.py
 const DRIVER = { p: "--unlabelled", l: "--excluded", b: "--blue", "-": "--paper" };
 const ENDS = { S: "--success", F: "--failure", T: "--ink" };
 const LABELS = {
@@ -40,16 +39,14 @@ const CURVE_GROUPS = [
   ["updates a second", ["updates_per_s"]],
 ];
 
-const $ = (id) => document.getElementById(id);
 const me = Math.random().toString(36).slice(2);
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name) || name;
-const fixed = (value, digits) => (typeof value === "number" ? value.toFixed(digits) : "?");
+const fixed = (value, digits) => (typeof value === "number" ? value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1") : "?");
 const held = new Map(); // what the keys that are down mean, by their place
 const padDown = new Set();
 const newest = {}; // picture of each place that waits to be drawn
 let about, state = {};
 let wheel = false; // whether this page is to drive
-let beats = 0, underway = 0;
+let beats = 0, underway = 0, late; // s, by which the line is too slow to drive through
 let pictures = 0, told = 0, telling = false;
 let ticks = []; // two letters each: who drove, how the episode ended
 let over = false;
@@ -76,7 +73,8 @@ async function ask(path, options) {
 
 function post(path, body, keepalive = false) {
   const headers = { "Content-Type": "application/json" };
-  return ask(path, { method: "POST", headers, body: JSON.stringify(body), keepalive, signal: AbortSignal.timeout(2000) });
+  const signed = JSON.stringify({ ...body, seen: state.now }); // what it answers: the program refuses what comes late
+  return ask(path, { method: "POST", headers, body: signed, keepalive, signal: AbortSignal.timeout(2000) });
 }
 
 // ---- what comes
@@ -210,20 +208,25 @@ function show(now) {
   showFacts(state.facts);
   showOutcomes(state.outcomes);
   $("judge").hidden = typeof state.threshold !== "number";
-  if (!$("judge").hidden) showReward(state.probability, state.threshold);
-  if (state.action) drawAction(state.action);
+  if (!$("judge").hidden) showReward(state.probability, state.threshold, state.vetoed);
+  if (state.action) {
+    drawAction(state.action);
+    const pushes = state.edge.map((side, i) => (side * state.action[i] > 0 ? side : 0));
+    $("edge").textContent = pushes.some(Boolean) ? `the workspace ends here: ${said([...pushes, 0])}` : "";
+  }
   if (state.tool) showArm();
   if (state.period) showLoop();
 }
 
 function showDriver() {
   const mine = state.wheel === me, pill = $("driver"), between = state.age > RESETS_S;
-  let words = { policy: "policy drives", leader: "leader arm drives", page: mine ? "you drive" : "another page drives" }[state.driver];
+  const alone = ["record", "teleoperate"].includes(about.script) ? "between episodes" : "policy drives";
+  let words = { policy: alone, leader: "leader arm drives", page: mine ? "you drive" : "another page drives" }[state.driver];
   let kind = state.driver === "page" && mine ? "mine" : state.driver;
   if (state.driver === undefined) words = kind = "";
   else if (state.driver === "page" && !state.wheel) [words, kind] = ["nobody drives: the arm holds", "still"];
   if (between && state.driver) [words, kind] = state.paused ? ["paused: press p to go on", "still"] : ["between episodes", ""];
-  else if (state.paused) words += ", then pause";
+  else if (state.driver) words += `, ${Math.ceil(state.left)} s left${state.paused ? ", then pause" : ""}`;
   pill.textContent = words;
   pill.className = kind;
   const intervene = $("press-intervene"), driving = state.driver && state.driver !== "policy";
@@ -232,7 +235,7 @@ function showDriver() {
   intervene.title = state.recording ? "in a recording there is nobody to hand back to" : "";
   $("press-pause").lastChild.textContent = state.paused ? "go on" : "pause";
   const now = wheel ? hand() : null;
-  $("held").textContent = !wheel ? "" : now.some(Boolean) ? said(now)
+  $("held").textContent = !wheel ? "" : late ? `the line is ${fixed(late, 1)} s behind: the arm holds` : now.some(Boolean) ? said(now)
     : state.driver === "policy" && !between && !state.recording ? "hold a key to step in" : "nothing held";
 }
 
@@ -257,16 +260,16 @@ function showFacts(facts) {
 }
 
 function showOutcomes(outcomes) {
-  const squares = outcomes.map((success) => Object.assign(document.createElement("i"), { className: success ? "success" : "" }));
-  const words = outcomes.length ? ` ${outcomes.filter(Boolean).length} of the last ${outcomes.length} succeeded` : "";
+  const squares = outcomes.map((outcome) => Object.assign(document.createElement("i"), { className: outcome }));
+  const words = outcomes.length ? ` ${outcomes.filter((outcome) => outcome === "success").length} of the last ${outcomes.length} succeeded` : "";
   $("outcomes").replaceChildren(...squares, words);
 }
 
-function showReward(probability, threshold) {
+function showReward(probability, threshold, vetoed) {
   $("threshold").style.left = `${100 * threshold}%`;
-  $("probability").textContent = `${fixed(probability, 3)} (success above ${fixed(threshold, 3)})`;
+  $("probability").textContent = `${fixed(probability, 3)} (success above ${fixed(threshold, 3)})${vetoed ? ": the state guard says no" : ""}`;
   $("reward-bar").style.width = `${100 * (probability ?? 0)}%`;
-  $("reward-bar").className = probability > threshold ? "above" : "";
+  $("reward-bar").className = probability > threshold && !vetoed ? "above" : "";
 }
 
 function say(kind, words) {
@@ -310,16 +313,6 @@ function showLoop() {
   lines.push(["td", ["tool x y z", `${state.tool.map((metres) => fixed(100 * metres, 1)).join("  ")} cm`]]);
   lines.push(["td", ["gripper open", `${fixed(100 * state.opening, 0)} %`]]);
   rows($("loop"), lines);
-}
-
-function fit(canvas) { // to its size on the page
-  const scale = window.devicePixelRatio;
-  const { width, height } = canvas.getBoundingClientRect();
-  canvas.width = Math.round(width * scale);
-  canvas.height = Math.round(height * scale);
-  const pen = canvas.getContext("2d");
-  pen.scale(scale, scale);
-  return [pen, width, height];
 }
 
 function drawRibbon() {
@@ -493,7 +486,7 @@ async function beat() {
   if (!wheel || underway >= UNDERWAY) return;
   underway += 1;
   try {
-    await post("api/hand", { who: me, number: ++beats, hand: hand() });
+    late = (await (await post("api/hand", { who: me, number: ++beats, hand: hand() })).json()).late;
   } catch (error) {
     if (wheel && error.status !== undefined) { // refused; else the program is not reached, and lets go by itself
       letGo();
