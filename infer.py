@@ -8,17 +8,19 @@
 
 Everything that the policy was trained with (rig, geometry, preprocessing, reward) comes from its run folder. Success
 is judged by the simulated world, by the classifier, and by a person's keys s and f, in the episode or while the arm
-resets after it; all three are shown. What comes of it is a new folder in the run's `evaluations`: eval.json, eval.csv,
-report.html and video.mp4, where each episode is from the moment it ends.
+resets after it; all three are shown. A real arm holds at the start, says where to place the object, and waits for p.
+What comes of it is a new folder in the run's `evaluations`: eval.json, eval.csv, report.html and video.mp4, where each
+episode is from the moment it ends.
 """
 
 import so101  # noqa: F401  (before torch: it says how OpenMP waits)
 
 # isort: split
 import math
+import re
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,21 +40,22 @@ from so101.evaluation import (
     Judges,
     Result,
     begin,
+    held,
     newest,
 )  # fmt: skip
 from so101.files import read_json
-from so101.film import Film
+from so101.film import Film, join_clips
 from so101.learn.checkpoint import find_checkpoint, load_checkpoint
 from so101.learn.eyes import Eyes
 from so101.learn.networks import Policy
 from so101.learn.resnet10 import STRIDE
 from so101.learn.sac import Sac, SacConfig
-from so101.reports.evaluation import write_evaluation_report
+from so101.reports.evaluation import reported, write_evaluation_report
 from so101.rig import Rig, RigConfig, describe_task, open_rig
 from so101.robot.teleop import DROPPED, EVALUATION, POLICY_STARTS
 from so101.runlog import Progress
 from so101.schema import TOOL_XYZ, Preprocess, RewardSpec
-from so101.starts import KINDS, PLACE_AT, Start, make_starts, where
+from so101.starts import KINDS, Start, make_starts, where
 from so101.web.live_page import live_page
 
 FREE = ("reset_time_s", "random_ee_reset", "random_ee_range_xy", "random_ee_range_z")  # of two runs' env
@@ -97,40 +100,45 @@ class Config:
 
 def main(config: Config) -> None:
     """Load what was trained, run it, print and store the result."""
-    began = time.time()
-    run = Path(config.run)
+    began, run = time.time(), Path(config.run)
     trained = Trained.of(run)
-    folder = None
-    if config.resume:
-        folder, evaluation, config = unfinished(config)
-    else:
-        evaluation = prepare(config, trained)
-    drivers: dict[str, Driver] = {}
-    for name, it in evaluation.policies.items():
-        drivers[name] = load_driver(run, trained, it, drivers.get("A"))
+    folder = to_resume(config) if config.resume else begin(run, config.output)
+    with held(folder):
+        evaluation, config = unfinished(config, folder) if config.resume else (prepare(config, trained), config)
+        drivers: dict[str, Driver] = {}
+        for name, it in evaluation.policies.items():
+            drivers[name] = load_driver(run, trained, it, drivers.get("A"))
+        try:
+            if evaluation.complete:
+                print(f"{folder}: every episode was run; what is missing of its report and video is made now")
+            else:
+                run_episodes(config, trained, drivers, evaluation, folder)
+        finally:  # also of one that was cut short
+            if (folder / "eval.json").exists():
+                done = Evaluation.load(folder)
+                done.print()
+                join_clips(folder, [done.name(result) for result in done.episodes], done.complete)
+                write_evaluation_report(folder, run, began, config, drivers["A"].eyes.threshold)
+
+
+def run_episodes(
+    config: Config, trained: "Trained", drivers: "dict[str, Driver]", evaluation: Evaluation, folder: Path
+) -> None:
+    """On the rig, what is left of an evaluation; each episode is in its folder from the moment it ends."""
     eyes = drivers["A"].eyes
-    folder = folder or begin(run, config.output)  # before the robot's time is spent
-    try:
-        with ExitStack() as stack:
-            page = stack.enter_context(live_page(config.page, config.page_port, "infer"))
-            if page is not None:
-                page.judge = eyes
-            rig = stack.enter_context(open_rig(trained.rig, config.seed, page, folder))
-            env = rig.make_env(trained.env, trained.preprocess, trained.reward, config.seed)
-            judges = Judges(eyes, rig.verdict)
-            film = Film(
-                folder, judges, eyes.threshold, trained.preprocess, trained.env.fps, trained.env.max_steps,
-                config.video, trained.rig.simulated,
-            )  # fmt: skip
-            stack.callback(lambda: film.close([evaluation.name(result) for result in evaluation.episodes]))
-            evaluate(env, rig, drivers, judges, evaluation, config.std_scale, lambda: evaluation.save(folder), film)
-    finally:  # also of one that was cut short
-        if evaluation.episodes:
-            evaluation.print()
-            write_evaluation_report(folder, Path(config.run), began, config, eyes.threshold)
-        else:
-            with suppress(OSError):
-                folder.rmdir()
+    with ExitStack() as stack:
+        page = stack.enter_context(live_page(config.page, config.page_port, "infer"))
+        if page is not None:
+            page.judge = eyes
+        rig = stack.enter_context(open_rig(trained.rig, config.seed, page, folder))
+        env = rig.make_env(trained.env, trained.preprocess, trained.reward, config.seed)
+        judges = Judges(eyes, rig.verdict)
+        film = Film(
+            folder, judges, eyes.threshold, trained.preprocess, trained.env.fps, trained.env.max_steps, config.video,
+            trained.rig.simulated,
+        )  # fmt: skip
+        stack.callback(film.drop)
+        evaluate(env, rig, drivers, judges, evaluation, config.std_scale, lambda: evaluation.save(folder), film)
 
 
 @dataclass
@@ -184,14 +192,19 @@ def prepare(config: Config, trained: Trained) -> Evaluation:
     return Evaluation(to_dict(config), policies, headline, starts)
 
 
-def unfinished(config: Config) -> tuple[Path, Evaluation, Config]:
-    """The evaluation that was cut short, with its folder, and the config that it was begun with."""
+def to_resume(config: Config) -> Path:
+    """The folder of the evaluation to go on with. Raises DataError where there is none."""
     run = Path(config.run)
-    folder = Path(config.output) if config.output else newest(run)
-    if folder is None:
-        raise DataError(f"{run / 'evaluations'}: holds no evaluation to go on with; leave resume=true out")
+    folder = Path(config.output) if config.output else newest(run) or run / "evaluations"
+    if not (folder / "eval.json").exists():
+        raise DataError(f"{folder}: holds no evaluation to go on with; leave resume=true out")
+    return folder
+
+
+def unfinished(config: Config, folder: Path) -> tuple[Evaluation, Config]:
+    """The evaluation that was cut short, and the config that it was begun with."""
     evaluation = Evaluation.load(folder)
-    if evaluation.complete:
+    if evaluation.complete and reported(folder):
         raise DataError(f"{folder}: is complete; leave resume=true out for a new evaluation")
     begun = from_dict(Config, evaluation.config, str(folder / "eval.json"))
     for name, it in evaluation.policies.items():
@@ -199,11 +212,16 @@ def unfinished(config: Config) -> tuple[Path, Evaluation, Config]:
             evaluation.policies[name] = it = replace(it, run=config.run)
         if contestant(Path(it.run), it.checkpoint) != it:
             raise DataError(f"{folder}: {it.checkpoint} of {it.run} is not the checkpoint that it was begun with")
-    return folder, evaluation, replace(begun, run=config.run, page=config.page, page_port=config.page_port)
+    return evaluation, replace(begun, run=config.run, page=config.page, page_port=config.page_port)
 
 
 def contestant(run: Path, name: str) -> Contestant:
-    """A checkpoint of a run, by number, `last` or `best`. Raises DataError where it is not there."""
+    """A checkpoint of a run, by number, `last` or `best`. Raises DataError where it is not there, else ConfigError."""
+    if not re.fullmatch(r"last|best|[0-9]+(-[0-9]+)?", name):
+        raise ConfigError(
+            f"checkpoint: got {name!r}, must be last, best or a number; for one of another run write its folder and a "
+            f"colon before that: against={name or 'outputs/other'}:last"
+        )
     folder = find_checkpoint(run, name) if name in ("last", "best") else run / "checkpoints" / name.zfill(6)
     if not folder.exists():
         there = ", ".join(sorted(path.name for path in folder.parent.glob("[0-9]*")))
@@ -216,9 +234,8 @@ def load_driver(run: Path, trained: Trained, it: Contestant, first: Driver | Non
     """A contestant's policy, of `run` like the `first`, or of another run that was trained on the same task."""
     own = trained if Path(it.run) == run else Trained.of(Path(it.run))
     here, there = to_dict(trained.env), to_dict(own.env)
-    named = [key for key in here if key not in FREE and there[key] != here[key]]
-    apart = [f"{key} {there[key]} there, {here[key]} here" for key in named]
-    if named:
+    apart = [f"{k} {there[k]} there, {here[k]} here" for k in here if k not in FREE and there[k] != here[k]]
+    if apart:
         raise ConfigError(f"against: {it.run} was trained with another env: {'; '.join(apart)}; compare on one task")
     sac, schema = own.sac, trained.schema
     eyes = first.eyes if first is not None and own is trained else None
@@ -244,27 +261,26 @@ def evaluate(
     One that is aborted, dropped with a key, or taken over by a person is run again. The keys of the reset after an
     episode speak of it; after the last one the arm holds for a while, to hear them.
     """
-    env.detector = judges
-    turns, done = evaluation.turns(), evaluation.episodes
-    fresh, quits, aborts = False, False, 0  # fresh: keys still speak of the last episode
-    with Progress("evaluate", len(turns), "episode", rig.page) as progress:
-        while not quits and (fresh or len(done) < len(turns)):
-            over = len(done) == len(turns)
+    env.detector, done = judges, evaluation.episodes
+    fresh, aborts = False, 0  # fresh: keys still speak of the last episode
+    with Progress("evaluate", len(evaluation.turns()), "episode", rig.page) as progress:
+        while (turn := evaluation.next_turn()) is not None or fresh:
             try:
-                if over:
+                if turn is None:
                     pressed = last_word(env)
                 else:
-                    name, start = turns[len(done)]
+                    name, start = turn
                     rig.start_over(start.seed)
                     rig.teleop.hear(EVALUATION)
-                    if rig.verdict is None:
-                        rig.teleop.hear(PLACE_AT.about(where(start, len(evaluation.starts))))
-                    observation, pressed = env.reset(start=np.array(start.tool))
+                    place = where(start, len(evaluation.starts)) if rig.verdict is None else None
+                    observation, pressed = env.reset(start=np.array(start.tool), place=place)
                 corrected = fresh and evaluation.correct(pressed)
-                fresh, quits = False, "quit" in pressed
+                fresh = False
                 if corrected:
                     keep()
-                if over or quits or (corrected and "redo" in pressed):
+                if "quit" in pressed:
+                    break
+                if turn is None or (corrected and "redo" in pressed):
                     continue
                 if film is not None:
                     film.begin(f"episode {start.number} of {len(evaluation.starts)}", evaluation.title(name))
@@ -330,7 +346,7 @@ def judge(
         reward=reward.of(classifier is not None) + (steps - 1) * reward.of(False), success=False,
         world=None if judges.world is None else world is not None, classifier=classifier is not None, person=person,
         ended=ended, seconds=round(step.observation.time - first.time, 3), time=round(time.time(), 3),
-        probability=list(judges.probability),
+        probability=list(judges.probability), vetoed=judges.vetoed,
     )  # fmt: skip
     result.settle()
     return result

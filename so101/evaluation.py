@@ -7,7 +7,9 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +18,7 @@ import numpy as np
 
 from so101 import config as settings
 from so101.config import option
+from so101.data.lock import FolderLock
 from so101.env import Detector, Observation
 from so101.errors import ConfigError, DataError
 from so101.files import write_atomic
@@ -34,6 +37,8 @@ class Looks(Protocol):
 
     probability: float | None
 
+    @property
+    def vetoed(self) -> bool: ...
     def reset(self) -> None: ...
     def update(self, observation: Observation) -> bool: ...
 
@@ -52,6 +57,7 @@ class Judges:
         self.steps = 0
         self.classifier_at: int | None = None  # the step at which it said success
         self.world_at: int | None = None
+        self.vetoed = 0  # frames above the classifier's threshold that its guard refused
         self.probability: list[float] = []  # of each frame
 
     def reset(self) -> None:
@@ -66,6 +72,7 @@ class Judges:
         self.steps += 1
         if self.eyes.update(observation) and self.classifier_at is None:
             self.classifier_at = self.steps
+        self.vetoed += self.eyes.vetoed
         if self.eyes.probability is not None:
             self.probability.append(round(self.eyes.probability, 4))
         if self.world is None:
@@ -93,6 +100,7 @@ class Result:
     seconds: float = option(help="on the rig's clock")
     time: float = option(help="when it ended, Unix seconds")
     probability: list[float] = option(help="the classifier's, of each frame")
+    vetoed: int = option(0, "frames above the classifier's threshold that its state guard refused")
 
     def settle(self) -> None:
         """Say who is right."""
@@ -172,6 +180,11 @@ class Evaluation:
     episodes: list[Result] = option([], "in the order in which they ended")
     summary: dict[str, Any] = option({}, "what follows from the episodes")
 
+    def __post_init__(self) -> None:
+        if "A" not in self.policies:
+            raise ConfigError(f"policies: got {', '.join(self.policies) or 'none'}, the first is called A")
+        self._conclude()
+
     @classmethod
     def load(cls, folder: Path) -> "Evaluation":
         """From a folder's eval.json. Raises DataError where it is missing or damaged."""
@@ -185,6 +198,11 @@ class Evaluation:
         names = list(self.policies)
         orders = itertools.cycle([names, names[::-1]])
         return [(name, start) for start, order in zip(self.starts, orders, strict=False) for name in order]
+
+    def next_turn(self) -> tuple[str, Start] | None:
+        """The first turn that no episode has counted of; None where all have."""
+        ran = {(result.policy, result.start) for result in self.episodes}
+        return next((turn for turn in self.turns() if (turn[0], turn[1].number) not in ran), None)
 
     def correct(self, pressed: frozenset[str]) -> bool:
         """Let the keys of a reset speak of the episode just ended; whether they did. Redo takes it out."""
@@ -212,8 +230,14 @@ class Evaluation:
         return Pairs.of([one[number] for number in shared], [other[number] for number in shared])
 
     def save(self, folder: Path) -> None:
-        """Write eval.json and eval.csv."""
-        self.complete = len(self.episodes) == len(self.turns())
+        """Write eval.csv, and eval.json, which commits it."""
+        self._conclude()
+        write_atomic(folder / "eval.csv", self._csv())
+        write_atomic(folder / "eval.json", _json(asdict(self)))
+
+    def _conclude(self) -> None:
+        """Work out what follows from the episodes; whatever a file says of it."""
+        self.complete = self.next_turn() is None
         self.judge = self._judge()
         self.summary = {"policies": {name: self._figures(name) for name in self.policies}}
         if len(self.policies) > 1:
@@ -221,8 +245,6 @@ class Evaluation:
             counts = pairs._asdict() | {"steps": np.mean(pairs.steps, axis=0).tolist() if pairs.steps else None}
             tests = {"interval": paired_interval(*pairs[:4]), "mcnemar_p": mcnemar(pairs.only_a, pairs.only_b)}
             self.summary["paired"] = counts | tests
-        write_atomic(folder / "eval.json", _json(asdict(self)))
-        write_atomic(folder / "eval.csv", self._csv())
 
     def _judge(self) -> str:
         if all(result.world is not None for result in self.episodes):
@@ -280,6 +302,11 @@ class Evaluation:
                     f"{figures['steps']:.1f} steps an episode"
                 )
         said += self.agreement()
+        if vetoed := [result for result in self.episodes if result.vetoed]:
+            said.append(
+                f"frames above the classifier's threshold that the guard vetoed: {sum(r.vetoed for r in vetoed)}, "
+                f"episode {', '.join(map(self.name, vetoed))}; height or opening was as in no success it was trained on"
+            )
         if len(self.policies) > 1:
             said += self.pairs().sentences("A", "B")
         if self.again:
@@ -294,7 +321,8 @@ class Evaluation:
         """A policy's table, see COLUMNS."""
         return [
             [r.start, r.steps, f"{r.reward:.2f}", "SUCCESS" if r.success else "FAIL",
-             *(_said(verdict) for verdict in (r.world, r.classifier, r.person)), " ".join(f"{x:z.3f}" for x in r.tool)]
+             _said(r.world), _said(r.classifier) + f" ({r.vetoed} vetoed)" * bool(r.vetoed), _said(r.person),
+             " ".join(f"{x:z.3f}" for x in r.tool)]
             for r in self.of(policy)
         ]  # fmt: skip
 
@@ -314,7 +342,7 @@ class Evaluation:
             verdicts = ("" if said is None else int(said) for said in (r.success, r.world, r.classifier, r.person))
             rows.writerow([
                 r.policy, r.start, *(f"{x:.4f}" for x in r.tool + r.object), r.steps, f"{r.reward:.4f}", *verdicts,
-                r.ended, f"{r.seconds:.2f}", f"{r.time:.0f}",
+                r.vetoed, r.ended, f"{r.seconds:.2f}", f"{r.time:.0f}",
             ])  # fmt: skip
         return text.getvalue()
 
@@ -322,7 +350,7 @@ class Evaluation:
 COLUMNS = ["episode", "steps", "reward", "result", "world", "classifier", "person", "start (x y z, m)"]
 CSV_COLUMNS = [
     "policy", "start", "tool_x", "tool_y", "tool_z", "object_x", "object_y", "object_yaw", "steps", "reward",
-    "success", "world", "classifier", "person", "ended", "seconds", "time",
+    "success", "world", "classifier", "person", "vetoed", "ended", "seconds", "time",
 ]  # fmt: skip
 
 
@@ -343,21 +371,34 @@ def _said(verdict: bool | None) -> str:
 
 def begin(run: Path, output: str | None) -> Path:
     """A new folder for an evaluation: the next number in the run's `evaluations`, or `output`."""
-    if output:
-        folder = Path(output)
+    numbers = itertools.count(len(all_of(run)) + 1)
+    while True:
+        folder = Path(output) if output else run / "evaluations" / f"{next(numbers):03d}"
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:
-            raise DataError(f"{folder}: exists and is never overwritten; name another output") from None
-        return folder
-    for number in itertools.count(len(all_of(run)) + 1):
-        folder = run / "evaluations" / f"{number:03d}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:  # of an evaluation that runs now, or was cut short in its first episode
-            continue
-        return folder
-    raise AssertionError  # there is always another number
+            return folder
+        except FileExistsError:  # a number may be of one that runs now, or was killed in its first episode
+            if output:
+                raise DataError(f"{folder}: exists and is never overwritten; name another output") from None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other programs out of an evaluation's folder; afterwards one without an episode is gone, or holds no more
+    than a flight record. Raises DataError where another is at work in it.
+    """
+    try:
+        with ExitStack() as stack:
+            stack.callback(FolderLock(folder).release)
+            yield
+    finally:
+        if not (folder / "eval.json").exists():
+            for part in ("clips", "frames"):
+                shutil.rmtree(folder / part, ignore_errors=True)
+            with suppress(OSError):
+                for part in ("eval.csv", ".lock"):
+                    (folder / part).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def all_of(run: Path) -> list[Path]:

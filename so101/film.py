@@ -1,11 +1,12 @@
 """Pictures of evaluated episodes: a strip of each for the report and, where asked, a video with what was going on.
 
-The video is made of clips, one an episode, joined at the end: a kill loses the clip in progress alone, and an episode
-that was not counted is not in it.
+The video is made of clips, one an episode, which are kept until the evaluation is complete: a kill loses the clip in
+progress alone, and an episode that was not counted is not in it.
 """
 
 import math
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -86,19 +87,6 @@ class Film:
                 self._clip.path.unlink()
         self._clip, self._small = None, []
 
-    def close(self, names: list[str]) -> None:
-        """Join the clips of these episodes, in this order, to video.mp4; earlier ones of a resumed evaluation lead."""
-        self.drop()
-        clips, video = self.folder / "clips", self.folder / "video.mp4"
-        parts = [path for name in names if (path := clips / f"{name}.mp4").exists()]
-        if parts:
-            aside = clips / ".video.tmp"
-            join_videos(([video] if video.exists() else []) + parts, aside)
-            os.replace(aside, video)
-            for path in clips.iterdir():
-                path.unlink()
-            clips.rmdir()
-
     def _draw(self, frames: list[np.ndarray], step: Step | None, driver: str) -> np.ndarray:
         """One picture of the video: every camera with what the networks see of it, and the panel."""
         shown = []
@@ -132,17 +120,34 @@ class Film:
 
     def _draw_probability(self, panel: np.ndarray, probability: float | None) -> None:
         """The classifier's bar, with a line at its threshold."""
-        said = "-" if probability is None else f"{probability:.2f}"
+        vetoed = probability is not None and self.judges.eyes.vetoed
+        said = "-" if probability is None else f"{probability:.2f}" + ", the state guard says no" * vetoed
         _text(panel, f"success probability {said}", 16, 330, 0.5)
         left, right, top, bottom = 16, PANEL_PX - 16, 342, 362
         cv2.rectangle(panel, (left, top), (right, bottom), FAINT, 1)
         if probability is not None:
             end = left + round(probability * (right - left))
-            cv2.rectangle(
-                panel, (left, top), (end, bottom), GREEN if probability > self.threshold else BLUE, cv2.FILLED
-            )
+            counts = probability > self.threshold and not vetoed
+            cv2.rectangle(panel, (left, top), (end, bottom), GREEN if counts else BLUE, cv2.FILLED)
         at = left + round(self.threshold * (right - left))
         cv2.line(panel, (at, top - 4), (at, bottom + 4), YELLOW, 2)
+
+
+def join_clips(folder: Path, names: list[str], complete: bool) -> None:
+    """Make video.mp4 of these episodes' clips, in this order; a complete one needs its clips no longer."""
+    clips, done = folder / "clips", folder / ".clips.tmp"
+    parts = [path for name in names if (path := clips / f"{name}.mp4").exists()]
+    if parts:
+        aside = clips / ".video.tmp"
+        try:
+            join_videos(parts, aside)
+            os.replace(aside, folder / "video.mp4")
+        finally:
+            aside.unlink(missing_ok=True)  # on a full disk the half of it would keep the rest full
+    if complete:
+        with suppress(FileNotFoundError):
+            os.rename(clips, done)  # at once: a video of half the clips must never take the place of the whole
+        shutil.rmtree(done, ignore_errors=True)
 
 
 def strip_path(folder: Path, name: str) -> Path:

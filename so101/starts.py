@@ -14,11 +14,9 @@ from so101.config import option
 from so101.env import EnvConfig
 from so101.errors import ConfigError
 from so101.files import parse_json
-from so101.robot.sound import Cue
 from so101.sim.world import WorldConfig
 
 KINDS = ("trained", "random", "home", "grid")
-PLACE_AT = Cue("task", "place the object {}")
 
 
 @dataclass(frozen=True)

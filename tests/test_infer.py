@@ -29,7 +29,7 @@ from so101.data.video import VideoReader
 from so101.env import EnvConfig
 from so101.errors import ConfigError, DataError
 from so101.evaluation import LATE, Contestant, Evaluation, Judges, Pairs, Result, all_of, begin, newest
-from so101.film import PANEL_PX, Film
+from so101.film import PANEL_PX, Film, join_clips
 from so101.learn.checkpoint import save_checkpoint
 from so101.learn.resnet10 import load_resnet10, trunk_hash
 from so101.learn.reward import SuccessClassifier, SuccessDetector, save_reward
@@ -67,9 +67,10 @@ def make_run(folder, seed=0, **env):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One trunk for all, and less time to judge the last episode: both cost more than a whole episode here."""
+    """One trunk for all, less time to place and to judge the last: each costs more than an episode here."""
     monkeypatch.setattr("so101.learn.eyes.load_resnet10", trunk)
     monkeypatch.setattr("infer.VERDICT_S", 1.0)
+    monkeypatch.setattr("so101.robot.teleop.PLACE_S", 0.1)
 
 
 @functools.cache
@@ -256,7 +257,7 @@ class Says:
     """A judge of a script: True at its steps, counted from 1."""
 
     def __init__(self, *at, probability=0.25):
-        self.at, self.steps, self.probability = at, 0, probability
+        self.at, self.steps, self.probability, self.vetoed = at, 0, probability, False
 
     def reset(self):
         self.steps = 0
@@ -552,7 +553,7 @@ def test_the_video_shows_the_episodes_that_count_with_action_judges_and_verdict(
             judges.update(None)
             film.add(Seen, Moved, "policy")
         film.keep(name, "SUCCESS", True) if counts else film.drop()
-    film.close(["1A", "2A"])
+    join_clips(tmp_path, ["1A", "2A"], True)
     pictures = list(VideoReader(tmp_path / "video.mp4").frames())
     assert len(pictures) == 2 * (4 + 10) and pictures[0].shape == (480, 2 * 640 + PANEL_PX, 3)
     before, during, verdict = (pictures[index][:, -PANEL_PX:].astype(int) for index in (0, 3, 9))

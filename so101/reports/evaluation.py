@@ -11,12 +11,12 @@ from so101.evaluation import Evaluation, Pairs, Result, all_of
 from so101.film import STRIP_PX, strip_path
 from so101.plots import HALF, curve, html_table, write_report
 from so101.reports.dataset import FAILURE, SUCCESS
-from so101.reports.head import Run, Section, bullets, changes, head
+from so101.reports.head import Run, Section, bullets, changes, head, modified
 
 SPARK = (120, STRIP_PX)  # px of the classifier's curve beside an episode's pictures
 BARE = """<style>
 td.strip > * { display: block; max-width: none; margin: 0; }
-b.success { color: #00745a; } b.fail { color: #b34700; } .episodes td { white-space: nowrap; padding-right: 0.6em; }
+b.success { color: #00745a; } b.fail { color: #b34700; } .episodes td { padding-right: 0.6em; }
 </style>"""
 
 
@@ -36,6 +36,12 @@ def write_evaluation_report(folder: Path, run: Path, began: float, config: Any, 
     ]
     write_report(folder / "report.html", f"infer.py: {folder.name} of {run.name}", sections)
     print(f"report: {folder / 'report.html'}")
+
+
+def reported(folder: Path) -> bool:
+    """Whether report.html is there, and of all that eval.json holds: it is written last of all."""
+    report = folder / "report.html"
+    return report.exists() and modified(report) >= modified(folder / "eval.json")
 
 
 def rates(done: Evaluation) -> str:
@@ -130,7 +136,7 @@ def episodes(folder: Path, done: Evaluation, policy: str, threshold: float) -> s
         )
     words = (
         "From the first picture to the last; beside it the classifier's probability over the episode, with its "
-        "threshold dashed."
+        "threshold dashed. Vetoed are frames above it that the classifier's state guard refused."
     )
     return f"{BARE}<p>{words}</p><table class=episodes>{''.join(lines)}</table>"
 
