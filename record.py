@@ -82,7 +82,7 @@ def unfinished(folder: Path) -> "Config | None":
         return None
     config = load(Config, begun)
     had = len(open_dataset(folder).episodes) if folder.exists() else 0
-    return replace(config, resume=True) if had < config.episodes else None
+    return replace(config, resume=folder.exists()) if had < config.episodes else None
 
 
 def config_path(folder: Path) -> Path:
@@ -93,11 +93,7 @@ def config_path(folder: Path) -> Path:
 def main(config: Config) -> None:
     """Record until the dataset holds `config.episodes` episodes."""
     began, folder = time.time(), Path(config.dataset)
-    there = open_dataset(folder).observations if folder.exists() else []
-    had = len(there)
-    if had and not config.resume:
-        raise DataError(f"{folder}: exists with {had} episodes; name another, or add to it with resume=true")
-    labels = load_labels(folder, there) or Labels(folder.name)
+    had, labels = what_is_there(folder, config.resume)
     left_out = sum(label.skip for label in labels.episodes.values())
     if had - left_out >= config.episodes:
         print(f"{folder}: holds {had - left_out} episodes already")
@@ -155,6 +151,17 @@ def main(config: Config) -> None:
     print(f"{folder}: {writer.episodes} episodes" + (f"; labels in {labels_path(folder)}" if writer.episodes else ""))
     if env.rate.overruns:
         print(f"{env.rate.overruns} ticks came late; `python -m so101.tools.doctor` looks for the cause")
+
+
+def what_is_there(folder: Path, resume: bool) -> tuple[int, Labels]:
+    """How many episodes a dataset has, and its labels. DataError where `resume` is not what it asks for."""
+    if resume and not folder.exists():
+        said = "is not there, so there is nothing to resume"
+        raise DataError(f"{folder}: {said}; name the dataset that is meant, or begin this one with resume=false")
+    there = open_dataset(folder).observations if folder.exists() else []
+    if there and not resume:
+        raise DataError(f"{folder}: exists with {len(there)} episodes; name another, or add to it with resume=true")
+    return len(there), load_labels(folder, there) or Labels(folder.name)
 
 
 def label_the_last(folder: Path, labels: Labels) -> Labels:

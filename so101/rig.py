@@ -1,6 +1,7 @@
 """One arm, its leader, cameras and person, real or simulated. The only file that knows which."""
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from so101.robot.camera import Camera, CameraConfig, require_lasting_names
 from so101.robot.diagnosis import diagnosis
 from so101.robot.flight import FlightRecorder
 from so101.robot.kinematics import jaw_angle
-from so101.robot.ports import open_port
+from so101.robot.ports import open_port, sweep_command
 from so101.robot.probe import swapped
 from so101.robot.safety import SafetyConfig, Watchdog
 from so101.robot.sound import Cue, Sound
@@ -88,6 +89,12 @@ class RigConfig:
             raise ConfigError(f"{', '.join(mixed)}: follower.port is {self.follower.port!r}; all are sim, or none is")
         if not self.cameras:
             raise ConfigError("cameras: got none, the policy needs at least one")
+        for name in self.cameras:
+            if not re.fullmatch("[A-Za-z0-9_-]+", name):
+                raise ConfigError(
+                    f"cameras: got the name {name!r}, which becomes part of files and columns; use letters, digits, _ "
+                    f"and - only, as in wrist"
+                )
         if self.operator is None and self.pace is None:
             self.pace = 1.0  # a person cannot drive faster
         if self.pace is not None:
@@ -287,8 +294,10 @@ def _real(config: RigConfig, stack: ExitStack, page: Page | None) -> Rig:
 
 def open_arm(name: str, config: ArmConfig, stack: ExitStack) -> Arm:
     """A real arm: its port open, its calibration read, nothing sent yet; `stack` closes it."""
-    if config.calibration is None:
-        raise ConfigError(f"{name}.calibration: a real arm needs its calibration file")
+    if config.calibration is None or not Path(config.calibration).exists():
+        said = "a real arm needs its file" if config.calibration is None else f"{config.calibration} is not there"
+        sweep = sweep_command(config.port, name, config.calibration)
+        raise ConfigError(f"{name}.calibration: {said}; `{sweep}` makes it")
     calibration = load_calibration(Path(config.calibration))
     open_it = functools.partial(open_port, config.port, f"{name}.port")
     bus = ServoBus(open_it(), names={i: f"{name} {joint}" for i, joint in calibration.names.items()}, reopen=open_it)

@@ -65,7 +65,8 @@ SILENT = (
     "simulated: no motor answers, though the USB adapter is there. Plug in the arm's power supply (USB does not feed "
     "the motors), check the cable from the board to the first motor, and on a Waveshare board set both jumpers to B "
     "(USB). If all that is well, this is another device's port (python -m so101.tools.ports lists them), or the motors "
-    "have another speed than 1000000 baud (python -m so101.tools.doctor rig=... listens at the others too)"
+    "have another speed than 1000000 baud (python -m so101.tools.setup port=simulated finds and changes it, motor by "
+    "motor)"
 )
 
 
@@ -76,18 +77,19 @@ MISHAPS: dict[str, tuple[Callable[[SimServos], object], str]] = {
         lambda servos: servos.present.__setitem__(2, False),
         "simulated: elbow_flex (id 3) does not answer, and wrist_flex behind it does, so the cables are good: its "
         "motor has another id or speed, or is broken. Connect it alone and run python -m so101.tools.setup "
-        "joint=elbow_flex",
+        "port=simulated joint=elbow_flex",
     ),
     "loose cable": (
         lambda servos: servos.present.__setitem__(slice(3, 6), [False] * 3),
         "simulated: wrist_flex (id 4) does not answer, nor does anything behind it (wrist_roll, gripper): check "
         "the cable from elbow_flex to wrist_flex; if it is good, connect wrist_flex's motor alone and run python "
-        "-m so101.tools.setup joint=wrist_flex",
+        "-m so101.tools.setup port=simulated joint=wrist_flex",
     ),
     "duplicate id": (
         lambda servos: servos.store(2, "ID", 5),
         "wrist_roll: replies collide: two motors have the same id, a cable is damaged, or this is another "
-        "device's port. Leave one motor connected, and give each its id with python -m so101.tools.setup",
+        "device's port. Leave one motor connected, and give each its id with python -m so101.tools.setup "
+        "port=simulated",
     ),
     "12 V": (
         lambda servos: servos.voltage.__setitem__(2, 12.1),
@@ -235,7 +237,7 @@ def test_an_arm_that_holds_is_not_dropped_for_a_setting() -> None:
     servos.store(1, "P_Coefficient", 32)
     servos.store(4, "P_Coefficient", 32)
     arm.bus.port.sent.clear()
-    with pytest.raises(SafetyStop, match=r"shoulder_lift, wrist_roll: holding, .* `python -m so101.tools.release`"):
+    with pytest.raises(SafetyStop, match=r"shoulder_lift, wrist_roll: holding, .* so101.tools.release port=simulated`"):
         arm.configure()
     assert servos.torque_on.all()
     assert not [packet for packet in arm.bus.port.sent if packet[4] == 3]
@@ -331,6 +333,24 @@ def test_a_servo_that_refuses_does_not_keep_the_others_on() -> None:
     with pytest.raises(ServoError, match=r"torque may still be on in 1 servos.*servo 2 \(shoulder_lift\)"):
         arm.set_torque(False)
     assert servos.torque_on.tolist() == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("do", [Arm.hold, lambda arm: arm.set_torque(False)])
+def test_a_port_that_is_gone_is_said_once_and_not_six_times(do: Callable[[Arm], object]) -> None:
+    arm, servos = make()
+    arm.set_torque(True)
+    arm.bus.port.unplug()
+    with pytest.raises(ServoError, match="6 servos") as told:
+        do(arm)
+    assert str(told.value).count("the port failed (simulated: ") == 1
+    arm.bus.port.plug_in()
+    arm.bus.port.open()
+    servos.present[:] = [False] * 6
+    with pytest.raises(
+        ServoError, match=r"servo 1 \(shoulder_pan\), servo 2 .*, servo 6 \(gripper\): no valid"
+    ) as told:
+        do(arm)
+    assert str(told.value).count("no valid reply") == 1
 
 
 def test_a_held_joint_pushes_no_further_and_obeys_what_leads_back() -> None:

@@ -308,6 +308,22 @@ def test_lerobot_s_files_are_found_under_both_names_and_their_zero_is_asked_for(
         calibrate(Person(), monkeypatch, words[0], f"compare={tmp_path}/leader.json")  # ranges need no zero
 
 
+def test_a_file_alone_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "black.json").write_text(json.dumps(AUTHOR))
+    person = Person()
+    assert calibrate(person, monkeypatch, f"file={tmp_path}/black.json") == 0
+    rows = [line.split() for line in person.getvalue().splitlines()]
+    assert rows[0] == ["joint", "id", "offset", "min", "zero", "max", "degrees", "usual"]
+    # 2430 ticks of 360 / 4096 degrees, and of the model -1.92 .. 1.92 rad
+    assert rows[2] == ["shoulder_pan", "1", "-1321", "1030", "2245", "3460", "214", "220"]
+    assert len(rows) == 2 + 6 + 1
+    assert person.getvalue().splitlines()[-1].startswith("port= of the arm compares this with its servos")
+
+    save_calibration(tmp_path / "same.json", replaced_ranges(AUTHOR))
+    calibrate(person := Person(), monkeypatch, f"file={tmp_path}/black.json", f"compare={tmp_path}/same.json")
+    assert person.getvalue().startswith(f"the ranges are those of {tmp_path}/same.json\n")
+
+
 def replaced_ranges(content: dict[str, dict[str, int]], **ranges: tuple[int, int]) -> Calibration:
     joints = {}
     for name, entry in content.items():
@@ -394,7 +410,9 @@ def test_what_is_missing_is_said_and_a_person_is_needed(
         (["test=ruler", "port=/dev/ttyACM0"], "file"),
         (["test=mirror", "port=/dev/ttyACM0", "file=a.json", "compare=b.json"], "compare_port"),
     ):
-        with pytest.raises(ConfigError, match=f": {missing}: is missing; calibrate with port=/dev/ttyACM0") as error:
+        with pytest.raises(
+            ConfigError, match=f": {missing}: is missing; as in `python -m .* port=/dev/ttyACM0 "
+        ) as error:
             parse(Config, words, "")
         assert error.value.exit_code == 2
     command = [sys.executable, "-m", "so101.tools.calibrate", f"port={arm.path}", f"output={tmp_path}/arm.json"]

@@ -95,7 +95,7 @@ def test_each_ailment_has_its_line(live_arm, rig) -> None:
     assert line("wrist_flex") == (
         "warning",
         "id 4, model 777, firmware 3.10, 7.4 V, 25 C, torque on",
-        "support the arm, then python -m so101.tools.release",
+        f"support the arm, then python -m so101.tools.release port={live_arm.path}",
     )
     assert line("wrist_roll") == ("bad", "reports overload: support the arm, and switch its power off and on", again)
     assert line("gripper") == ("warning", "is at 66 C and stops at 70: let it cool", again)
@@ -125,8 +125,10 @@ def test_a_silent_motor_is_looked_for_at_other_speeds(live_arm, rig) -> None:
     found = look(rig)
     assert found["follower shoulder_lift"].found == (
         "id 2: replies collide: two motors have the same id, a cable is damaged, or this is another device's port. "
-        "Leave one motor connected, and give each its id with python -m so101.tools.setup"
+        f"Leave one motor connected, and give each its id with python -m so101.tools.setup port={live_arm.path}"
     )
+    setup = f"python -m so101.tools.setup port={live_arm.path} arm=follower"
+    assert found["follower shoulder_lift"].then == found["follower motor 9"].then == setup
     assert found["follower chain"].found.startswith("shoulder_pan (id 1) does not answer, and shoulder_lift behind it")
     assert found["follower motor 9"].found == "answers as id 9 at 1000000 baud; joints have ids 1 .. 6 at 1000000"
     assert found["follower motor 4"].found == "answers as id 4 at 500000 baud; joints have ids 1 .. 6 at 1000000"
@@ -206,7 +208,10 @@ def test_a_port_given_to_both_arms_is_not_blamed_on_another_program(live_arm, ri
 def test_the_calibration_of_another_arm(live_arm, rig) -> None:
     save_calibration(rig.with_name("follower.json"), OTHER)
     found = look(rig)["follower calibration"]
-    assert (found.level, found.then) == ("bad", f"python -m so101.tools.calibrate port={live_arm.path}")
+    assert (found.level, found.then) == (
+        "bad",
+        f"python -m so101.tools.calibrate port={live_arm.path} arm=follower output={rig.with_name('follower.json')}",
+    )
     assert found.found == (
         f"{rig.parent}/follower.json: this calibration is not the one in the servos of {', '.join(JOINTS)}: "
         "shoulder_pan's Homing_Offset is -412 in the servo, -405 in the calibration. Give the file that was made for "

@@ -4,12 +4,15 @@ On the pseudo-terminal this process is the arm and listens to each byte; in the 
 end how it left the servos. The number of instants is small by default; `-m slow` makes it 50 of each.
 """
 
+import fcntl
+import functools
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,7 +94,7 @@ class Workplace:
         env = {"reset_time_s": 0.1, "control_time_s": 0.8}
         preprocess = {"crop": [0, 8, 48, 48], "image_size": 32}
         task = {"rig": rig, "env": env, "preprocess": preprocess}
-        record = {"dataset": str(self.dataset), "episodes": 1000, "resume": True, **task}
+        record = {"dataset": str(self.dataset), "episodes": 1000, **task}
         for name, config in {"record": record, "teleoperate": task, "goto": {"rig": rig, "env": env}}.items():
             (folder / f"{name}.json").write_text(json.dumps(config))
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -104,8 +107,9 @@ class Workplace:
         servos.after(0.1, self._wave)
 
     def record(self, *settings: str, before: str = "", terminal: int | None = None) -> "subprocess.Popen[bytes]":
-        """record.py, from its first byte on the line on; see `start`."""
-        return self.start("record", *settings, before=before, terminal=terminal)
+        """record.py, from its first byte on the line on; see `start`. What an earlier one left it goes on with."""
+        resume = f"resume={str(self.dataset.exists()).lower()}"
+        return self.start("record", resume, *settings, before=before, terminal=terminal)
 
     def start(
         self, name: str, *settings: str, before: str = "", terminal: int | None = None
@@ -271,6 +275,29 @@ def quit_with_a_key(place: Workplace) -> None:
     place.require_safe()
 
 
+def ctrl_c_typed(name: str) -> Callable[[Workplace], None]:
+    """As a person does it: the terminal makes a signal of the key, and afterwards is as it was before."""
+
+    def scenario(place: Workplace) -> None:
+        master, slave = os.openpty()
+        try:
+            before = termios.tcgetattr(slave)
+            begin = place.record if name == "record" else functools.partial(place.start, name)
+            process = begin(before=TERMINAL, terminal=slave)
+            place.wait_for(place.follower.servos.torque_on.all, process)
+            assert termios.tcgetattr(slave) != before  # keys come one by one, without Enter
+            os.write(master, b"\x03")
+            code, errors = place.end(process)
+            assert code == 130 and errors.splitlines()[-1] == "interrupted", errors
+            assert termios.tcgetattr(slave) == before
+        finally:
+            os.close(slave)
+            os.close(master)
+        place.require_safe()
+
+    return scenario
+
+
 def terminal_lost(place: Workplace) -> None:
     """A window that is closed, an SSH line that breaks: what is said after that nobody hears."""
     master, slave = os.openpty()
@@ -370,6 +397,8 @@ SCENARIOS: dict[str, Callable[[Workplace], None]] = {
     "an adapter pulled out": unplugged,
     "all episodes": finished_by_itself,
     "the q key": quit_with_a_key,
+    "Ctrl-C typed at record": ctrl_c_typed("record"),
+    "Ctrl-C typed at teleoperate": ctrl_c_typed("teleoperate"),
     "a lost terminal": terminal_lost,
     "a bug": a_bug,
     "a second Ctrl-C": interrupted_twice,
@@ -492,6 +521,37 @@ def test_random_instants_in_the_simulation(instants: int, tmp_path: Path) -> Non
         run.result()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["alternate", "parallel"])
+def test_ctrl_c_typed_while_a_policy_is_trained(mode: str, tmp_path: Path) -> None:
+    demos, reward, run = tmp_path / "demos", tmp_path / "reward", tmp_path / "run"
+    for words in (
+        ["record.py", f"dataset={demos}", "episodes=8", "failures=3", "steps_after_success=8"],
+        ["train_reward.py", f"dataset={demos}", f"output={reward}", "reward.views=1", "reward.steps=60"],
+    ):
+        subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    words = [f"demonstrations={demos}", f"reward_model={reward}", f"output={run}", "rig.operator=null"]
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    with subprocess.Popen(
+        [sys.executable, "train_sac.py", f"mode={mode}", *words],
+        cwd=ROOT, env=ENVIRONMENT, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert any("the policy starts" in line for line in process.stdout)
+        time.sleep(1)
+        assert termios.tcgetattr(slave) != before
+        os.write(master, b"\x03")
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.splitlines()[-1]) == (130, "interrupted"), errors
+    assert "Traceback" not in errors and termios.tcgetattr(slave) == before
+    if mode == "parallel":
+        assert (run / "learner.log").read_text().endswith("ended\n")
+    os.close(slave)
+    os.close(master)
+
+
 def test_release_frees_an_arm_from_any_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arm = Listened(tmp_path / "arm")
     for index in range(6):
@@ -510,4 +570,8 @@ def test_release_frees_an_arm_from_any_state(tmp_path: Path, capsys: pytest.Capt
         release.main(release.Config(port=arm.path, wait_s=0))
     assert arm.servos.torque_on.tolist() == [False, True, False, False, False, False]
     assert "2 shoulder_lift: failed" in capsys.readouterr().out
+    arm.play(after=0.2, fault="unplug")
+    with pytest.raises(HardwareError, match="^6 of 6 servos were not released; cut the arm's power. WRITE") as told:
+        release.main(release.Config(port=arm.path, wait_s=0.5))
+    assert str(told.value).count("the port failed") == 1
     arm.close()

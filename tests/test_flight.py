@@ -210,6 +210,10 @@ def test_an_unplugged_adapter(fly: Callable[..., Flown], arm: str) -> None:
     assert isinstance(flown.error, HardwareError)
     assert f"most likely the {arm}'s USB adapter was pulled out or failed" in flown.diagnosis
     assert f"the {arm} may still hold" in flown.diagnosis
+    text = (flown.folder / "diagnosis.txt").read_text()
+    commands = text.split("`")[1::2]  # each in one line, so that it can be pasted
+    assert commands.count("python -m so101.tools.release port=simulated") == 2
+    assert not any("\n" in command for command in commands)
     other = "leader" if arm == "follower" else "follower"
     assert f"the {other} was let go" in flown.diagnosis
 

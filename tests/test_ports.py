@@ -1,6 +1,8 @@
 """Serial ports found, opened and told apart; each way that fails, in the words that a person reads."""
 
+import ast
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pytest
 from so101.errors import HardwareError
 from so101.robot.bus import ServoBus
 from so101.robot.feetech import PING, find_instruction
-from so101.robot.ports import PortInfo, list_ports, open_port, permission_advice, stable_path
+from so101.robot.ports import PortInfo, command, list_ports, open_port, permission_advice, stable_path
 from so101.robot.probe import BAUDS, hear
 
 grp = pytest.importorskip("grp")  # not on Windows
@@ -67,6 +69,19 @@ def test_a_missing_port_says_what_is_there(tmp_path) -> None:
         if there
         else "This machine has no serial port: plug in the arm's USB cable (one that carries data)"
     )
+
+
+def test_a_command_is_the_shell_s_own_words() -> None:
+    assert command("release", "/dev/ttyACM0") == "python -m so101.tools.release port=/dev/ttyACM0"
+    said = command("setup", "/tmp/my arm's", "joint=gripper")
+    assert shlex.split(said) == ["python", "-m", "so101.tools.setup", "port=/tmp/my arm's", "joint=gripper"]
+
+
+def test_an_example_in_a_tool_s_help_is_a_line_of_its_own() -> None:
+    """What is not indented is prose to --help, and runs on."""
+    for path in (Path(__file__).parent.parent / "so101" / "tools").glob("*.py"):
+        described = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
+        assert not [line for line in described.splitlines() if line.startswith("python ")], path.name
 
 
 @contextmanager
@@ -149,12 +164,12 @@ def test_a_wiggled_joint_tells_which_port_its_arm_is_on(live_arm) -> None:
 def test_a_stiff_arm_is_not_to_be_wiggled(live_arm) -> None:
     with open_port(live_arm.path, "port") as port:
         ServoBus(port).write(3, "Torque_Enable", 1)
-    process = start("wiggle=true", f'ports=["{live_arm.path}"]')
+    process = start(live_arm.path, "wiggle=true")
     said, _ = finish(process)
     assert process.returncode == 3
     assert said == (
         f"{live_arm.path}\n{live_arm.path}: elbow_flex's torque is on, so it must not be moved by hand; free the arm "
-        f"with python -m so101.tools.release first\n"
+        f"with python -m so101.tools.release port={live_arm.path} first\n"
     )
 
 

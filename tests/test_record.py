@@ -141,6 +141,16 @@ def test_a_refused_resume_leaves_the_recording_as_it_was_begun(recording):
     assert record.unfinished(folder) is None
 
 
+def test_a_resume_of_what_is_not_there_begins_nothing(recording, tmp_path):
+    """A slip in the folder's name began a new dataset beside the old one, silently."""
+    recording(episodes=1)
+    with pytest.raises(DataError, match=r"demo: is not there, so there is nothing to resume; name the dataset that is"):
+        recording(dataset=str(tmp_path / "demo"), episodes=2, resume=True)
+    assert sorted(path.name for path in tmp_path.glob("demo*")) == [
+        "demos", "demos.labels.json", "demos.record.json", "demos.report.html"
+    ]  # fmt: skip
+
+
 def test_a_recording_ended_before_its_first_episode_can_be_begun_again(recording, capsys):
     folder = recording({(1, 1): "quit"}, episodes=2)
     assert capsys.readouterr().out.endswith(f"{folder}: 0 episodes\n")

@@ -38,8 +38,14 @@ def test_real_and_simulated_parts_do_not_mix():
         RigConfig(cameras={})
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "..", "wrist.mp4", "left wrist", "a:b", "k\u00e4mera", "wrist\n"])
+def test_a_camera_s_name_is_fit_for_files_and_columns(name):
+    with pytest.raises(ConfigError, match=r"cameras: got the name .*use letters, digits, _ and - only, as in wrist$"):
+        RigConfig(cameras={name: CameraConfig(source="sim")})
+
+
 def test_two_cameras_see_the_same_world(tmp_path):
-    cameras = {"wrist": CameraConfig(source="sim"), "second": CameraConfig(source="sim")}
+    cameras = {"wrist": CameraConfig(source="sim"), "side_2-left": CameraConfig(source="sim")}
     with open_rig(RigConfig(cameras=cameras), 0) as rig:
         assert [camera.latest()[0].shape for camera in rig.cameras.values()] == [(480, 640, 3)] * 2
 

@@ -311,7 +311,7 @@ def test_an_arm_that_is_blocked_is_held_with_reduced_torque_and_says_so(capsys: 
         began = clock.now()
     said = capsys.readouterr().err
     assert re.search(r"shoulder_lift: 0\.3\d rad behind its command; free what blocks the arm\. It holds", said)
-    assert HELD in said and "`python -m so101.tools.release` frees it then" in said
+    assert HELD in said and "`python -m so101.tools.release port=simulated` frees it then" in said
     assert servos.torque_on.all() and not arm.bus.port.torque_offs()
     limits = arm.bus.sync_read("Torque_Limit", range(1, 7))
     assert limits == {**dict.fromkeys(range(1, 7), 500), 6: 200}
@@ -560,7 +560,9 @@ def test_an_arm_that_holds_is_not_dropped_by_a_start_that_fails() -> None:
     safety.safe_start(arm)
     servos.store(1, "P_Coefficient", 32)
     arm.bus.port.sent.clear()
-    refused = pytest.raises(SafetyStop, match="shoulder_lift: holding, and would fall .* -m so101.tools.release`")
+    refused = pytest.raises(
+        SafetyStop, match="shoulder_lift: holding, and would fall .* -m so101.tools.release port=simulated`"
+    )
     with refused, running(Arm(arm.bus, SIM_CALIBRATION), clock):
         pytest.fail("started")
     assert servos.torque_on.all() and not arm.bus.port.torque_offs()

@@ -105,6 +105,10 @@ def test_motors_are_plugged_one_for_another() -> None:
         ('{"fault": "vanisch"}', 'script: fault: got "vanisch", must be null or one of "vanish", "mute", '),
         ('{"fault": "voltage"}', "script: value: the fault 'voltage' needs one"),
         ('{"fault": "register", "value": 1}', "script: register: got None, and the fault register needs the name"),
+        (
+            '{"fault": "register", "register": "ID", "value": 999}',
+            "script: value: got 999.0, must be 0 or more and at most 255",
+        ),
         ('{"fault": "mute", "ids": [7]}', r"script: ids: got 7, the motors are 1 \.\. 6"),
         ('{"move": {"elbow": 1}}', "script: joint 'elbow': must be one of shoulder_pan, "),
         ('{"fault": "replies", "value": 1, "kinds": ["loss"]}', "script: kinds: got 'loss', must be of drop, "),

@@ -259,8 +259,7 @@ def test_a_lost_picture_drops_an_online_episode_whole_and_an_evaluated_one_is_ru
 
 def test_a_kill_between_an_episode_and_its_label_loses_no_verdict(tmp_path):
     folder = tmp_path / "demos"
-    config = record.Config(dataset=str(folder), episodes=2, failures=1, resume=True)
-    record.main(config)
+    record.main(record.Config(dataset=str(folder), episodes=2, failures=1))
     wanted = dict(Labels.load(labels_path(folder)).episodes)
     for last in (1, 0):  # a failure, then a success, as if each had been the last one recorded
         labels = Labels.load(labels_path(folder))
@@ -319,11 +318,12 @@ def kill_at(arguments, started, instant, signal_number):
 
 def test_record_killed_at_any_instant_loses_at_most_the_episode_in_progress(tmp_path):
     folder = tmp_path / "demos"
-    command = ["record.py", f"dataset={folder}", "episodes=40", "failures=0", "resume=true"]
+    command = ["record.py", f"dataset={folder}", "episodes=40", "failures=0"]
     rng = np.random.default_rng(0)
     had = 0
     for _ in range(2):
-        code, _ = kill_at(command, folder, rng.uniform(0.5, 2.0), signal.SIGKILL)
+        resume = [f"resume={str(folder.exists()).lower()}"]
+        code, _ = kill_at([*command, *resume], folder, rng.uniform(0.5, 2.0), signal.SIGKILL)
         assert code == -signal.SIGKILL
         dataset = open_dataset(folder)
         assert len(dataset.episodes) >= had

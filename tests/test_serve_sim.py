@@ -1,10 +1,12 @@
 """The simulated workplace as another program meets it: arms through pyserial, the camera through OpenCV."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -162,20 +164,46 @@ def test_motors_from_the_box_are_plugged_in_one_after_the_other(start: Start) ->
         assert not is_there(bus, 1)
 
 
-@pytest.mark.parametrize(
-    ("event", "said"),
-    [
-        ({"arm": "leader", "fault": "mute"}, "script: there is no leader; start with leader=true\n"),
-        ({"fault": "voltage"}, "script: value: the fault 'voltage' needs one\n"),
-        ({"cube": None}, "script: there is no cube; start with camera=true\n"),
-    ],
-)
-def test_a_line_that_is_not_understood_ends_it(server: "subprocess.Popen[str]", event: Any, said: str) -> None:
-    port_of(server)
-    tell(server, **event)
-    assert server.wait(5) == 2
-    assert server.stderr is not None
-    assert server.stderr.read() == said
+def test_a_line_that_is_not_understood_is_told_and_the_arm_stays(server: "subprocess.Popen[str]") -> None:
+    assert server.stdin is not None and server.stderr is not None
+    with serial.Serial(port_of(server), 1_000_000, timeout=0.05) as port:
+        bus = ServoBus(port, retries=0)
+        for typed, said in [
+            ('{"fault": "vanish"', "script: not JSON ("),
+            ('{"fault": "vanisch"}', 'script: fault: got "vanisch", must be null or one of "vanish", '),
+            ('{"fault": "voltage"}', "script: value: the fault 'voltage' needs one"),
+            ('{"arm": "leader", "fault": "mute"}', "script: there is no leader; start with leader=true"),
+            ('{"cube": null}', "script: there is no cube; start with camera=true"),
+        ]:
+            server.stdin.write(typed + "\n")
+            server.stdin.flush()
+            line = server.stderr.readline()
+            assert line.startswith(said) and line.endswith(". Nothing was done; --help tells what a line may say\n")
+            assert is_there(bus, 4)
+        tell(server, fault="mute", ids=[4])  # and the next one counts
+        until(lambda: not is_there(bus, 4))
+    server.terminate()
+    assert server.wait(5) == 0
+
+
+def test_ctrl_c_typed_at_its_terminal_ends_it(tmp_path: Path) -> None:
+    master, slave = os.openpty()
+    before, folder = termios.tcgetattr(slave), tmp_path / "arm"
+    with subprocess.Popen(
+        [sys.executable, "-m", "so101.tools.serve_sim", f"folder={folder}"],
+        stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert port_of(process) == str(folder / "follower")
+        time.sleep(0.3)
+        os.write(master, b"\x03")
+        assert process.wait(5) == 0 and not folder.exists()
+        said = process.stderr.read().splitlines()
+        assert len(said) == 1 and said[0].startswith("Type what happens, ")  # to a person only
+    assert termios.tcgetattr(slave) == before
+    os.close(slave)
+    os.close(master)
 
 
 def test_a_fault_rate_that_is_none_is_refused() -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="this system has no p
 
 COLLISION = (
     "replies collide: two motors have the same id, a cable is damaged, or this is another device's port. Leave one "
-    "motor connected, and give each its id with python -m so101.tools.setup"
+    "motor connected, and give each its id with python -m so101.tools.setup port="
 )
 
 
@@ -86,7 +86,7 @@ def ids(servos) -> list[int]:
 
 
 @pytest.mark.parametrize("person", [["arm=leader"]], indirect=True)
-def test_from_a_box_of_motors_to_a_chain(person) -> None:
+def test_from_a_box_of_motors_to_a_chain(person, live_arm) -> None:
     """One motor has another speed, one other firmware, one another model, one a 12 V supply: told, not refused."""
     servos = person.servos
     servos.store(JOINTS.index("elbow_flex"), "Baud_Rate", 1)
@@ -126,18 +126,19 @@ def test_from_a_box_of_motors_to_a_chain(person) -> None:
     ) in said
     assert said[-2:] == [
         "chain: all six motors answer",
-        "The leader's motors are set up. Next: python -m so101.tools.calibrate",
+        f"The leader's motors are set up. Next: python -m so101.tools.calibrate port={live_arm.path} arm=leader "
+        "output=calibrations/leader.json",
     ]
     assert ids(servos) == [1, 2, 3, 4, 5, 6]
     assert [servos.read_memory(index, 6, 1) for index in range(6)] == [b"\0"] * 6  # all at 1 Mbaud
     assert [servos.read_memory(index, 55, 1) for index in range(6)] == [b"\1"] * 6  # and locked
 
 
-def test_each_mistake_is_named_and_can_be_mended(person) -> None:
+def test_each_mistake_is_named_and_can_be_mended(person, live_arm) -> None:
     """G 2 of the record of LeRobot's pains: two motors, the same motor twice; then it goes on."""
     person.listen()
     person.plug("gripper", "wrist_roll")  # both still have id 1
-    assert person.listen()[-2] == f"gripper: {COLLISION}"
+    assert person.listen()[-2] == f"gripper: {COLLISION}{live_arm.path}"
     assert ids(person.servos) == [1] * 6
     person.plug("gripper")
     assert person.listen()[0].startswith("gripper: id 1, ")
@@ -165,13 +166,13 @@ def test_the_chain_s_first_gap_is_named(person, live_arm) -> None:
     assert person.listen()[-2] == (
         f"chain: {live_arm.path}: elbow_flex (id 3) does not answer, nor does anything behind it (wrist_flex, "
         "wrist_roll, gripper): check the cable from shoulder_lift to elbow_flex; if it is good, connect elbow_flex's "
-        "motor alone and run python -m so101.tools.setup joint=elbow_flex"
+        f"motor alone and run python -m so101.tools.setup port={live_arm.path} joint=elbow_flex"
     )
     person.plug("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_roll", "gripper")
     assert person.listen()[-2] == (
         f"chain: {live_arm.path}: wrist_flex (id 4) does not answer, and wrist_roll behind it does, so the cables are "
         "good: its motor has another id or speed, or is broken. Connect it alone and run "
-        "python -m so101.tools.setup joint=wrist_flex"
+        f"python -m so101.tools.setup port={live_arm.path} joint=wrist_flex"
     )
     person.plug(*JOINTS)
     assert "chain: all six motors answer" in person.listen()

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from so101.errors import HardwareError, SafetyStop, tell
-from so101.robot.bus import ServoBus, ServoError
+from so101.robot.bus import ServoBus, ServoError, together
 from so101.robot.calibration import Calibration, explain_differences
+from so101.robot.ports import command
 from so101.robot.probe import firmware_mix, read_chain, shared_complaints
 from so101.schema import ARM_JOINTS, JOINTS
 from so101.signals import signals_held
@@ -108,7 +109,7 @@ class Arm:
         if loaded:
             raise SafetyStop(
                 f"{', '.join(loaded)}: holding, and would fall while their settings are written; support the arm, "
-                f"run `python -m so101.tools.release`, and start again"
+                f"run `{command('release', self.bus.port.name)}`, and start again"
             )
         with signals_held():
             for name, register, value in changes:
@@ -182,7 +183,7 @@ class Arm:
         """
         failed = self._collect(self._hold, [name for name in joints if name not in self.held])
         if failed:
-            raise ServoError(f"{len(failed)} servos could not be told to hold. " + "; ".join(failed))
+            raise ServoError(f"{len(failed)} servos could not be told to hold. " + together(failed))
 
     def spare(self, name: str, weak: bool) -> None:
         """Let a joint go on with the torque of a hold, or with all of it again."""
@@ -230,7 +231,7 @@ class Arm:
         if failed:
             raise ServoError(
                 f"torque may still be on in {len(failed)} servos; support the arm and cut its power. "
-                + "; ".join(failed)
+                + together(failed)
             )
 
     def _id(self, name: str) -> int:

@@ -9,7 +9,7 @@ port is opened again and the transaction goes on, for as long as `patience` last
 import difflib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, Protocol
 
@@ -35,6 +35,15 @@ class _Outage(ServoError):
     def __init__(self, message: str, kind: str, others_answer: bool = False) -> None:
         super().__init__(message)
         self.kind, self.others_answer = kind, others_answer
+
+
+def together(messages: Iterable[str]) -> str:
+    """What was said of several servos, the same only once: `servo 1, servo 2: no reply`."""
+    whose: dict[str, dict[str, None]] = {}
+    for message in messages:
+        who, _, why = message.partition(": ")
+        whose.setdefault(why, {})[who] = None
+    return "; ".join(f"{', '.join(who)}: {why}" for why, who in whose.items())
 
 
 class Port(Protocol):
@@ -315,7 +324,8 @@ class ServoBus:
         try:
             self.port = reopen()
         except (OSError, HardwareError) as error:
-            raise _Outage(f"{what}: the port failed, and cannot be opened again: {error}", "port") from None
+            said = str(error).partition(". ")[0]  # what else there is concerns who is writing a config
+            raise _Outage(f"{what}: the port failed, and cannot be opened again: {said}", "port") from None
         self._is_open = True
 
     def _ask(self, request: bytes, ids: Sequence[int], size: int, what: str) -> dict[int, bytes]:

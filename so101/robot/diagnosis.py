@@ -3,6 +3,7 @@
 The error says where to look, and the readings what was there.
 """
 
+import re
 import textwrap
 import time
 import traceback
@@ -16,6 +17,7 @@ from so101.errors import SafetyStop, UserError
 from so101.robot.arm import Reading
 from so101.robot.feetech import status_names
 from so101.robot.flight import SECONDS, FlightRecorder, Track
+from so101.robot.ports import PORTS_COMMAND, command
 from so101.robot.safety import EASE_LAG, GRIPPER, VOLTAGE_BIT, SafetyConfig
 from so101.runlog import table
 from so101.schema import JOINTS
@@ -24,7 +26,6 @@ JUMP = 5.0  # deg C from one reading to the next; a motor that gives all its tor
 LAST_SAID = 12  # lines
 WIDTH = 110
 PACKAGE = Path(__file__).parents[1]
-RELEASE = "`python -m so101.tools.release` lets it go"
 
 
 class Cause(NamedTuple):
@@ -72,12 +73,20 @@ def diagnosis(flight: FlightRecorder) -> str:
     }
     lines = []
     for title, sentences in parts.items():
-        wrapped = [textwrap.fill(words, WIDTH, initial_indent="  ", subsequent_indent="    ") for words in sentences]
-        lines += [title, *wrapped, ""] if wrapped else []
+        lines += [title, *map(_wrapped, sentences), ""] if sentences else []
     for name, saw in seen.items():
         lines += [f"the {name}'s servos, read {len(saw.times)} times from {saw.times[0]:.1f} s on"]
         lines += [_table(saw, flight.limits), ""]
     return "\n".join(lines)
+
+
+def _wrapped(words: str) -> str:
+    """As lines; a command among backticks stays whole, so that it can be pasted."""
+    whole = re.sub("`[^`]*`", lambda found: found[0].replace(" ", "\0"), words)
+    lines = textwrap.fill(
+        whole, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return lines.replace("\0", " ")
 
 
 def _cause(flight: FlightRecorder, seen: Mapping[str, Seen]) -> Cause:
@@ -92,8 +101,8 @@ def _cause(flight: FlightRecorder, seen: Mapping[str, Seen]) -> Cause:
         return Cause(
             f"the {arm}'s USB adapter was pulled out or failed: its port was gone, and did not come back. "
             f"{_last_words(saw, range(6))}",
-            f"support the arm, for it may still hold; plug the adapter in, straight into the computer, then {RELEASE}; "
-            f"`python -m so101.tools.ports` shows whether it is there",
+            f"support the arm, for it may still hold; plug the adapter in, straight into the computer, then "
+            f"{_lets_go(flight.tracks[arm])}; `{PORTS_COMMAND}` shows whether it is there",
         )
     if "no valid reply" in said and named:
         return _silent(arm, named, saw)
@@ -302,9 +311,13 @@ def _rest(flight: FlightRecorder) -> list[str]:
     lines = []
     for name, track in flight.tracks.items():
         holding = ", ".join(joint for joint in JOINTS if joint in track.arm.driven)
-        left = f"may still hold ({holding}): support it; {RELEASE}" if holding else "was let go"
+        left = f"may still hold ({holding}): support it; {_lets_go(track)}" if holding else "was let go"
         lines.append(f"the {name} {left}")
     return [*lines, f"that took {flight.clock.now() - flight.failed_at:.1f} s"]
+
+
+def _lets_go(track: Track) -> str:
+    return f"`{command('release', track.arm.bus.port.name)}` lets it go"
 
 
 def _table(saw: Seen, limits: SafetyConfig) -> str:

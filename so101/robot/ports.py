@@ -3,6 +3,7 @@
 import errno
 import glob
 import os
+import shlex
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,16 @@ WRITE_TIMEOUT_S = 0.5  # an adapter that hangs must not hang the program with it
 USUAL_VENDOR = 0x1A86  # of the USB chip on nearly all boards for these servos (WCH's CH343)
 PORTS_COMMAND = "python -m so101.tools.ports"
 OTHER_PROGRAM = "another program (one of this project's in another terminal, LeRobot, a serial monitor)"
+
+
+def command(tool: str, port: str | None, *words: str) -> str:
+    """What to paste into a shell to let a tool work on an arm's port."""
+    return shlex.join(["python", "-m", f"so101.tools.{tool}", f"port={port}", *words])
+
+
+def sweep_command(port: str | None, arm: str, output: str | None = None) -> str:
+    """What to paste to calibrate the follower or the leader; `output` None: into the file that configs/ names."""
+    return command("calibrate", port, f"arm={arm}", f"output={output or f'calibrations/{arm}.json'}")
 
 
 class PortBusy(HardwareError):

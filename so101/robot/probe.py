@@ -15,7 +15,7 @@ from so101.robot import feetech
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.calibration import Calibration, differences
 from so101.robot.feetech import MODEL_STS3215, status_names
-from so101.robot.ports import BAUD
+from so101.robot.ports import BAUD, PORTS_COMMAND, command
 from so101.schema import JOINTS
 
 # Codes 0 to 4 of Baud_Rate. Documents give two values each for 5 to 7, so all of those are listened to.
@@ -30,20 +30,19 @@ SUPPLY_MARGIN = 1.1  # a 7.4 V servo allows 8.0 V, and a full 8.4 V battery does
 NO_MOTOR_POWER = 4.5  # V; a 5 V supply reads 4.8 and more at the servos
 TWELVE_VOLT_SUPPLY = 9.0  # V; above what 7.4 V motors bear, below what a 12 V supply sags to
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
-SETUP_COMMAND = "python -m so101.tools.setup"
 SILENT = (
     "no motor answers, though the USB adapter is there. Plug in the arm's power supply (USB does not feed the "
     "motors), check the cable from the board to the first motor, and on a Waveshare board set both jumpers to B (USB)"
 )
-ELSEWHERE = (
-    ". If all that is well, this is another device's port (python -m so101.tools.ports lists them), or the motors "
-    f"have another speed than {BAUD} baud (python -m so101.tools.doctor rig=... listens at the others too)"
-)
-COLLISION = (
-    "replies collide: two motors have the same id, a cable is damaged, or this is another device's port. Leave one "
-    f"motor connected, and give each its id with {SETUP_COMMAND}"
-)
 Wired = tuple[ServoBus, Calibration]  # an arm's line, and what the servos on it should hold
+
+
+def explain_collision(port: str | None) -> str:
+    """What damaged replies mean."""
+    return (
+        f"replies collide: two motors have the same id, a cable is damaged, or this is another device's port. Leave "
+        f"one motor connected, and give each its id with {command('setup', port)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def inspect(bus: ServoBus, servo_id: int) -> ServoState | None:
         if bus.faults.total() == faults:  # neither silence nor damage was met: nothing could be sent
             raise HardwareError(str(error)) from error
     if damaged_replies(bus) - damaged >= COLLISIONS:
-        raise ServoError(f"{bus.names.get(servo_id, f'id {servo_id}')}: {COLLISION}")
+        raise ServoError(f"{bus.names.get(servo_id, f'id {servo_id}')}: {explain_collision(bus.port.name)}")
     return state
 
 
@@ -181,8 +180,12 @@ def read_chain(bus: ServoBus, ids: Sequence[int]) -> dict[str, ServoState]:
     except ServoError:  # asked one by one they tell who is silent, and who speaks at the same time
         states = {servo_id: state for servo_id in ids if (state := inspect(bus, servo_id)) is not None}
     chain = {name: states[servo_id] for name, servo_id in zip(JOINTS, ids, strict=True) if servo_id in states}
-    if gap := explain_gap(chain):
-        raise HardwareError(f"{bus.port.name}: {gap}{'' if chain else ELSEWHERE}")
+    if gap := explain_gap(chain, bus.port.name):
+        elsewhere = (
+            f". If all that is well, this is another device's port ({PORTS_COMMAND} lists them), or the motors have "
+            f"another speed than {BAUD} baud ({command('setup', bus.port.name)} finds and changes it, motor by motor)"
+        )
+        raise HardwareError(f"{bus.port.name}: {gap}{'' if chain else elsewhere}")
     return chain
 
 
@@ -191,25 +194,26 @@ def damaged_replies(bus: ServoBus) -> int:
     return sum(bus.faults.values()) - bus.faults["no reply"]
 
 
-def explain_gap(answering: Collection[str]) -> str | None:
-    """What is wrong with the chain of motors where only the joints in `answering` answer; None: nothing."""
+def explain_gap(answering: Collection[str], port: str | None) -> str | None:
+    """What is wrong with the chain of motors on `port` where only the joints in `answering` answer; None: nothing."""
     missing = [name for name in JOINTS if name not in answering]
     if not missing:
         return None
     if len(missing) == len(JOINTS):
         return SILENT
     first, servo_id = missing[0], JOINTS.index(missing[0]) + 1
+    alone = command("setup", port, f"joint={first}")
     behind = [name for name in JOINTS[servo_id:] if name in answering]
     if behind:
         return (
             f"{first} (id {servo_id}) does not answer, and {behind[0]} behind it does, so the cables are good: its "
-            f"motor has another id or speed, or is broken. Connect it alone and run {SETUP_COMMAND} joint={first}"
+            f"motor has another id or speed, or is broken. Connect it alone and run {alone}"
         )
     before = JOINTS[servo_id - 2] if servo_id > 1 else "the board"
     also = f", nor does anything behind it ({', '.join(missing[1:])})" if missing[1:] else ""
     return (
         f"{first} (id {servo_id}) does not answer{also}: check the cable from {before} to {first}; if it is "
-        f"good, connect {first}'s motor alone and run {SETUP_COMMAND} joint={first}"
+        f"good, connect {first}'s motor alone and run {alone}"
     )
 
 
@@ -248,7 +252,7 @@ def swapped(follower: Wired, leader: Wired) -> str | None:
 
     Told by what calibration wrote into the servos, and by the supply: a leader is never fed 12 V.
     """
-    advice = "exchange the two ports in the config (python -m so101.tools.ports wiggle=true tells which is which)"
+    advice = f"exchange the two ports in the config ({PORTS_COMMAND} wiggle=true tells which is which)"
     try:
         states = [read_states(bus, calibration.ids) for bus, calibration in (follower, leader)]
     except ServoError:  # Arm.connect says which servo is silent, and why

@@ -13,6 +13,7 @@ from so101.errors import SafetyStop, UserError, tell
 from so101.robot.arm import Arm, Reading
 from so101.robot.feetech import status_names
 from so101.robot.kinematics import forward, solve_ik
+from so101.robot.ports import command
 from so101.schema import JOINTS
 from so101.signals import signals_held
 from so101.timing import Clock
@@ -351,8 +352,8 @@ def _hold(arm: Arm, trouble: Exception, blocked: Blocked | None) -> tuple[bool, 
             how = "It may hold with all its torque"
         why += f"; {_said(error)}"
     sentence = (
-        f"closing the arm: {why}. {how}: support it, then press Ctrl-C to release it. "
-        f"In {SUPPORT_S:.0f} s this program leaves it holding; `python -m so101.tools.release` frees it then"
+        f"closing the arm: {why}. {how}: support it, then press Ctrl-C to release it. In {SUPPORT_S:.0f} s this "
+        f"program leaves it holding; `{command('release', arm.bus.port.name)}` frees it then"
     )
     if blocked is not None and JOINTS[blocked.joint] in arm.held:
         sentence += ". Once the joint is free it goes on to rest by itself, slowly"

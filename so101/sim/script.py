@@ -14,7 +14,7 @@ import numpy as np
 
 from so101.config import from_dict, option, require_within
 from so101.errors import ConfigError
-from so101.robot.feetech import REGISTERS, decode_value
+from so101.robot.feetech import REGISTERS, allowed_range, decode_value
 from so101.robot.kinematics import jaw_angle
 from so101.schema import JOINTS
 from so101.sim.servos import FAULTS, Faults, SimPort, SimServos
@@ -73,6 +73,8 @@ class Event:
             raise ConfigError(f"value: the fault {self.fault!r} needs one")
         if (self.fault == "register") != (self.register in REGISTERS):
             raise ConfigError(f"register: got {self.register!r}, and the fault register needs the name of one")
+        if self.register is not None:
+            require_within(self, value=allowed_range(self.register))
         for joint in (*(self.move or ()), *(self.plug or ())):
             if joint not in JOINTS:
                 raise ConfigError(f"joint {joint!r}: must be one of {', '.join(JOINTS)}")

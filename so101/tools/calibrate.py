@@ -4,8 +4,8 @@
     python -m so101.tools.calibrate file=calibrations/follower.json port=/dev/ttyACM0        do the servos agree?
     python -m so101.tools.calibrate file=calibrations/follower.json port=/dev/ttyACM0 test=ruler
 
-file= takes a calibration, ours or LeRobot's: it is compared with the servos (port=), written to them (write=true) or
-converted (output=, export=); test=ruler and test=mirror test it.
+file= takes a calibration, ours or LeRobot's: alone it is shown; it is compared with the servos (port=), written to them
+(write=true) or converted (output=, export=); test=ruler and test=mirror test it.
 """
 
 import os
@@ -42,7 +42,7 @@ from so101.robot.calibration import (
 )
 from so101.robot.feetech import TICKS_PER_TURN
 from so101.robot.kinematics import URDF_LIMITS
-from so101.robot.ports import open_port
+from so101.robot.ports import command, open_port, sweep_command
 from so101.robot.probe import read_chain
 from so101.runlog import table
 from so101.schema import ARM_JOINTS, JOINTS
@@ -97,10 +97,8 @@ class Config:
             needed.append("output")
         for name in needed:
             if not getattr(self, name):
-                raise ConfigError(
-                    f"{name}: is missing; calibrate with port=/dev/ttyACM0 output=calibrations/my_{self.arm}.json, "
-                    f"test with port= file= test=ruler (--help tells more)"
-                )
+                sweep = sweep_command(self.port or "/dev/ttyACM0", self.arm, self.output)
+                raise ConfigError(f"{name}: is missing; as in `{sweep}`, or for a test port= file= test=ruler (--help)")
 
 
 def main(config: Config) -> int:
@@ -137,17 +135,24 @@ def calibrate(config: Config, stack: ExitStack) -> int:
     _save(calibration, config)
     if differing:
         _write_servos(bus, calibration, stored, Path(config.output))
-    print(f"next: test it with port={config.port} file={config.output} test=ruler, and the pair with test=mirror")
+    test = command("calibrate", config.port, f"arm={config.arm}", f"file={config.output}", "test=ruler")
+    print(f"next: {test}; with both arms calibrated also test=mirror, with compare= and compare_port= of the other")
     return 0
 
 
 def take_file(config: Config, stack: ExitStack) -> int:
-    """Convert a calibration file, and compare it with the servos or write it to them; 1 if it differs."""
+    """Convert a calibration file, and compare it with the servos or write it to them; 1 if it differs.
+
+    With nothing else to do, show it.
+    """
     path = _find(config)
     calibration = _load(path, config)
     _require_alike(calibration, _other(config), config.compare)
     _save(calibration, config)
     if not config.port:
+        if not config.output and not config.export:
+            print(_table_of_ranges(calibration))
+            print("port= of the arm compares this with its servos; output= or export= converts it")
         return 0
     bus = _open_bus(config, calibration.ids, stack)
     stored = _read_stored(bus)
@@ -222,6 +227,17 @@ def _require_alike(calibration: Calibration, other: Calibration | None, source: 
         return
     if unlike := unlike_ranges(calibration, other):
         raise DataError(f"{source}: {unlike}; without compare= it is taken as it is")
+    print(f"the ranges are those of {source}")
+
+
+def _table_of_ranges(calibration: Calibration) -> str:
+    """The file in ticks, and each joint's range beside the usual one."""
+    rows = []
+    for (name, joint), usual in zip(calibration.joints.items(), USUAL_DEG, strict=True):
+        degrees = (joint.range_max - joint.range_min) * DEG_PER_TICK
+        ticks = joint.homing_offset, joint.range_min, joint.zero_ticks, joint.range_max
+        rows.append([name, joint.id, *ticks, round(degrees), round(usual)])
+    return table(["joint", "id", "offset", "min", "zero", "max", "degrees", "usual"], rows)
 
 
 def _table_of_differences(calibration: Calibration, stored: Stored) -> str:

@@ -32,14 +32,15 @@ from so101.robot.ports import (
     OTHER_PROGRAM,
     PORTS_COMMAND,
     PortBusy,
+    command,
     holders,
     list_ports,
     open_port,
     permission_advice,
+    sweep_command,
 )
 from so101.robot.probe import (
     BAUDS,
-    SETUP_COMMAND,
     ServoState,
     Wired,
     damaged_replies,
@@ -205,14 +206,14 @@ def check_arm(
         yield Finding("warning", f"{name} port", found, f"write {stable} into the config")
     bus = ServoBus(port)
     answering = yield from check_servos(name, bus)
-    if gap := explain_gap(answering):
-        yield Finding("bad", f"{name} chain", gap, f"{SETUP_COMMAND} port={config.port} arm={name}", HARDWARE)
+    if gap := explain_gap(answering, config.port):
+        yield Finding("bad", f"{name} chain", gap, command("setup", config.port, f"arm={name}"), HARDWARE)
         if isinstance(port, serial.Serial):
             yield from strangers(name, port)
     states = [state for state in answering.values() if state is not None]
     if len(states) < len(JOINTS):
         return
-    what, then = f"{name} calibration", f"python -m so101.tools.calibrate port={config.port}"
+    what, then = f"{name} calibration", sweep_command(config.port, name, config.calibration)
     try:
         if config.calibration is None and not simulated:
             raise ConfigError(f"{name}.calibration: a real arm needs its calibration file")
@@ -233,14 +234,15 @@ def check_servos(name: str, bus: ServoBus) -> Generator[Finding, None, dict[str,
     Returns the joints that answer with their states, None where two motors do.
     """
     answering: dict[str, ServoState | None] = {}
+    setup = command("setup", bus.port.name, f"arm={name}")
     for servo_id, joint in enumerate(JOINTS, start=1):
         try:
             if (state := inspect(bus, servo_id)) is not None:
                 answering[joint] = state
-                yield servo_finding(f"{name} {joint}", state)
+                yield servo_finding(f"{name} {joint}", state, bus.port.name)
         except ServoError as error:
             answering[joint] = None
-            yield Finding("bad", f"{name} {joint}", str(error), SETUP_COMMAND, HARDWARE)
+            yield Finding("bad", f"{name} {joint}", str(error), setup, HARDWARE)
     if mix := firmware_mix(filter(None, answering.values())):
         yield Finding("warning", f"{name} firmware", mix, "nothing, while no replies are lost")
     if (damaged := damaged_replies(bus)) and None not in answering.values():
@@ -249,25 +251,26 @@ def check_servos(name: str, bus: ServoBus) -> Generator[Finding, None, dict[str,
     return answering
 
 
-def servo_finding(what: str, state: ServoState) -> Finding:
-    """One servo that answers."""
+def servo_finding(what: str, state: ServoState, port: str | None) -> Finding:
+    """One servo on `port` that answers."""
     found = "; ".join([str(state), *state.complaints])
     if state.status or not state.supplied:
         return Finding("bad", what, found, AGAIN, HARDWARE)
     if state.complaints:
         return Finding("warning", what, found, AGAIN)
     if state.torque:
-        return Finding("warning", what, found, "support the arm, then python -m so101.tools.release")
+        return Finding("warning", what, found, f"support the arm, then {command('release', port)}")
     return Finding("good", what, found)
 
 
 def strangers(name: str, port: serial.Serial) -> Iterator[Finding]:
     """Motors that answer at another speed or to an id that no joint has: why a joint may be silent."""
+    setup = command("setup", port.port, f"arm={name}")
     for baud in BAUDS:
         for servo_id in hear(port, baud)[0]:
             if baud != BAUD or not 1 <= servo_id <= len(JOINTS):
                 found = f"answers as id {servo_id} at {baud} baud; joints have ids 1 .. {len(JOINTS)} at {BAUD}"
-                yield Finding("bad", f"{name} motor {servo_id}", found, f"{SETUP_COMMAND} port={port.port}", HARDWARE)
+                yield Finding("bad", f"{name} motor {servo_id}", found, setup, HARDWARE)
 
 
 def check_camera(name: str, config: CameraConfig, simulated: bool) -> Finding:

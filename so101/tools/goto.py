@@ -1,8 +1,10 @@
 """Move the arm slowly to a pose, show where it got to, and bring it back to rest.
 
-python -m so101.tools.goto                                     the simulated arm, to home
-python -m so101.tools.goto rig=configs/rig.json pose=rest
-python -m so101.tools.goto "pose=[0,-0.5,0.6,1.2,1.57,0.5]"    five joints in rad, and the opening
+    python -m so101.tools.goto                                     the simulated arm, to home
+    python -m so101.tools.goto rig=configs/rig.json pose=rest
+    python -m so101.tools.goto "pose=[0,-0.5,0.6,1.2,1.57,0.5]"    five joints in rad, and the opening
+
+It rises first; where it would meet the table on the way, it does not go.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,10 @@
 """List the serial ports of this machine, and tell which arm is on which.
 
-python -m so101.tools.ports                  what is there
-python -m so101.tools.ports wiggle=true      move a joint of one arm by hand: its line for the config
+    python -m so101.tools.ports                  what is there
+    python -m so101.tools.ports wiggle=true      move a joint of one arm by hand: its line for the config
+    python -m so101.tools.ports sim_arm/follower sim_arm/leader wiggle=true      look at these alone
+
+It only reads.
 """
 
 import json
@@ -13,7 +16,7 @@ from so101.config import launch, option, require_within
 from so101.errors import HardwareError
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.feetech import TICKS_PER_TURN
-from so101.robot.ports import PortInfo, list_ports, open_port
+from so101.robot.ports import PORTS_COMMAND, PortInfo, command, list_ports, open_port
 from so101.schema import JOINTS
 
 MOVED_TICKS = 60  # 5 degrees: a hand's doing, many times the encoder's own unrest
@@ -25,7 +28,7 @@ class Config:
     """What the command line can set."""
 
     wiggle: bool = option(False, "find out which port an arm is on by moving one of its joints")
-    ports: list[str] | None = option(None, "look at these ports only; null: at all of this machine")
+    ports: list[str] = option([], "look at these ports only; none: at all of this machine", positional=True)
     seconds: float = option(30.0, "how long to wait for the joint to be moved")
 
     def __post_init__(self) -> None:
@@ -35,8 +38,7 @@ class Config:
 def main(config: Config) -> None:
     """List the ports, or wait for a moved joint. Raises HardwareError when no arm could be watched, or none moved."""
     known = {port.device: port for port in list_ports()}
-    asked = config.ports if config.ports is not None else list(known)
-    ports = [known.get(device, PortInfo(device, None, "", "", "", None)) for device in asked]
+    ports = [known.get(device, PortInfo(device, None, "", "", "", None)) for device in config.ports or known]
     if not ports:
         print("This machine has no serial port. Plug in the arm's USB cable (one that carries data, too).")
     for port in ports:
@@ -44,7 +46,7 @@ def main(config: Config) -> None:
     if config.wiggle:
         _wiggle(ports, config.seconds)
     elif ports:
-        print("wiggle=true tells which of them is which arm")
+        print(f"{PORTS_COMMAND} wiggle=true tells which of them is which arm")
 
 
 def _wiggle(ports: list[PortInfo], seconds: float) -> None:
@@ -83,7 +85,7 @@ def _limp_positions(port: PortInfo, bus: ServoBus) -> dict[int, int]:
         if stiff:
             raise HardwareError(
                 f"{port.device}: {JOINTS[servo_id - 1]}'s torque is on, so it must not be moved by hand; free the "
-                f"arm with python -m so101.tools.release first"
+                f"arm with {command('release', port.path)} first"
             )
     if not positions:
         raise HardwareError(f"{port.device}: no servo answers, so it is no arm, or one without power")

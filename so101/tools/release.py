@@ -1,6 +1,6 @@
 """Switch the torque of an arm off, servo by servo, whatever state a program left it in.
 
-    python -m so101.tools.release port=/dev/serial/by-id/...
+    python -m so101.tools.release /dev/serial/by-id/...
 
 It needs no calibration. Support the arm: it goes limp.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from so101.config import launch, option, require_within
 from so101.errors import ConfigError, HardwareError
-from so101.robot.bus import ServoBus, ServoError
+from so101.robot.bus import ServoBus, ServoError, together
 from so101.robot.feetech import MAX_ID
 from so101.robot.ports import open_port
 from so101.schema import JOINTS
@@ -23,7 +23,7 @@ from so101.signals import signals_held
 class Config:
     """What the command line can set."""
 
-    port: str = option(help="serial port of the arm; python -m so101.tools.ports lists them")
+    port: str = option(help="serial port of the arm; python -m so101.tools.ports lists them", positional=True)
     ids: list[int] = option([1, 2, 3, 4, 5, 6], "servos to release")
     wait_s: float = option(3.0, "seconds to take hold of the arm before it goes limp")
 
@@ -46,7 +46,7 @@ def main(config: Config) -> None:
     if failures:
         raise HardwareError(
             f"{len(failures)} of {len(config.ids)} servos were not released; cut the arm's power. "
-            + "; ".join(failures.values())
+            + together(failures.values())
         )
 
 

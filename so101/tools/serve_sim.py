@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 
 from so101.config import launch, option, require_within
-from so101.errors import ConfigError, DataError, HardwareError
+from so101.errors import ConfigError, DataError, HardwareError, tell
 from so101.files import write_atomic
 from so101.rig import ArmConfig
 from so101.robot.calibration import save_calibration
@@ -89,8 +89,7 @@ class Config:
 def main(config: Config) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
-    Raises HardwareError without pseudo-terminals, ConfigError for a line not understood, DataError where the folder is
-    there already.
+    Raises HardwareError without pseudo-terminals, DataError where the folder is there already.
     """
     if os.name != "posix":
         raise HardwareError("serve_sim: this system has no pseudo-terminals; Linux and macOS have them")
@@ -117,12 +116,17 @@ def main(config: Config) -> None:
             stream = server.address + STREAM
             write_atomic(folder / "rig.json", json.dumps(_rig(config, folder, stream), indent=2) + "\n")
             print(stream, flush=True)
+        if sys.stdin is not None and sys.stdin.isatty():
+            tell('Type what happens, {"plug": ["wrist_roll"]} say (--help lists it all); Ctrl-C ends this.')
         with suppress(OSError):
             for line in sys.stdin or ():
-                event = read_event(line)
-                if event.arm not in ports:
-                    raise ConfigError("script: there is no leader; start with leader=true")
-                play(event, ports[event.arm], table.world if table is not None else None)
+                try:
+                    event = read_event(line)
+                    if event.arm not in ports:
+                        raise ConfigError("script: there is no leader; start with leader=true")
+                    play(event, ports[event.arm], table.world if table is not None else None)
+                except ConfigError as error:  # a slip of who types must not take the arms from who works with them
+                    tell(f"{error}. Nothing was done; --help tells what a line may say")
         stop.wait()
 
 

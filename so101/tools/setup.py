@@ -18,8 +18,17 @@ import serial
 from so101.config import launch, option
 from so101.errors import ConfigError, HardwareError, UserError
 from so101.robot.bus import ServoBus, ServoError
-from so101.robot.ports import BAUD, open_port
-from so101.robot.probe import BAUDS, COLLISION, SILENT, firmware_mix, hear, inspect, read_chain, shared_complaints
+from so101.robot.ports import BAUD, open_port, sweep_command
+from so101.robot.probe import (
+    BAUDS,
+    SILENT,
+    explain_collision,
+    firmware_mix,
+    hear,
+    inspect,
+    read_chain,
+    shared_complaints,
+)
 from so101.schema import JOINTS
 from so101.tools.ask import INPUT_ENDED
 
@@ -51,7 +60,7 @@ def main(config: Config) -> None:
         done[servo_id] = joint
     prompt = f"Connect all six motors in a chain, {JOINTS[0]} first on the board, and press Enter for the check."
     _until_good(config.port, prompt, "chain", _check_chain)
-    print(f"The {config.arm}'s motors are set up. Next: python -m so101.tools.calibrate")
+    print(f"The {config.arm}'s motors are set up. Next: {sweep_command(config.port, config.arm)}")
 
 
 def _until_good(device: str, prompt: str, what: str, do: Callable[[serial.Serial], str]) -> None:
@@ -102,7 +111,7 @@ def _only_motor(port: serial.Serial) -> tuple[int, int]:
                 raise HardwareError(f"{len(set(ids))} motors answer, with ids {listed}: leave only one connected")
             # Noise may be a high id's reply that comes when another speed is listened to already.
             if len(ids) > 1 or (noise and not ids and patient):
-                raise HardwareError(COLLISION)
+                raise HardwareError(explain_collision(port.port))
             if ids:
                 return baud, ids[0]
     raise HardwareError(SILENT)
