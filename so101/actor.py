@@ -20,7 +20,7 @@ from so101.learn.eyes import Eyes
 from so101.learn.link import Corrected, Discarded, Evaluated, Link, Moved, Recorded, Started, Weights
 from so101.learn.networks import Policy
 from so101.learn.wire import ActorEnd
-from so101.runlog import Progress, RunLog, Screen
+from so101.runlog import Progress, ProgressScreen, RunLog
 from so101.schema import ACTION, TOOL_XYZ, Preprocess, RewardSpec
 
 SAME_ACTION = 1e-3  # largest difference on the fixed observation; two devices round differently, by about 1e-5
@@ -43,7 +43,7 @@ class Actor:
         steps: int,
         seed: int,
         watch: Callable[[], None] | None = None,
-        screen: Screen | None = None,
+        screen: ProgressScreen | None = None,
     ) -> None:
         """`starts` (n, 3) m are where the demonstrations' tool was first, `steps` those of the whole run.
 

@@ -38,7 +38,7 @@ from so101.schema import RewardSpec, schema_hash
 from so101.tensorboard import EventFile
 
 
-class _Actor:
+class _Feed:
     """One actor's part in the replay: how many whole episodes it gave, and the one it is in."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Learner:
         )  # fmt: skip
         self.alarms: list[str] = []
         self.log = RunLog(folder)
-        self._actors: dict[str, _Actor] = {}
+        self._actors: dict[str, _Feed] = {}
         self._tried: set[str] = set()  # checkpoints whose evaluation is known
         for event in read_events(folder):  # not from the checkpoint, which was saved before its evaluation
             if event.get("kind") == "evaluated":
@@ -124,7 +124,7 @@ class Learner:
 
     def take(self, name: str, message: Experience) -> None:
         """Take in what an actor sent."""
-        actor = self._actors.setdefault(name, _Actor())
+        actor = self._actors.setdefault(name, _Feed())
         match message:
             case Joined() | Left() | Discarded():
                 self._drop(name, actor)
@@ -150,7 +150,7 @@ class Learner:
     def _observe(self, seen: Seen) -> int:
         return self.replay.add_observation(*seen)
 
-    def _take_move(self, name: str, actor: _Actor, message: Moved) -> None:
+    def _take_move(self, name: str, actor: _Feed, message: Moved) -> None:
         slot, now = actor.slots[-1], self._observe(message.seen)
         self.replay.add_transition(
             slot, now, message.action, message.reward, message.terminated, message.truncated, message.by_human
@@ -168,7 +168,7 @@ class Learner:
             self._log(name, actor, columns | {"largest_lag_m": actor.lag, "overruns": actor.overruns})
             actor.known, actor.slots, actor.moved, actor.lag, actor.overruns = actor.known + 1, [], 0, 0.0, 0
 
-    def _take_recorded(self, name: str, actor: _Actor, path: Recorded) -> None:
+    def _take_recorded(self, name: str, actor: _Feed, path: Recorded) -> None:
         """An episode that an earlier life of this learner knew; or nobody did, then it is logged as well."""
         actor.last = self._add(Trajectory(*path[1:-1]))
         count = len(path.actions)
@@ -181,7 +181,7 @@ class Learner:
             self._log(name, actor, self.monitor.ended(name, 0.0, path.success))
         actor.known += 1
 
-    def _drop(self, name: str, actor: _Actor) -> None:
+    def _drop(self, name: str, actor: _Feed) -> None:
         """The running episode never was."""
         if actor.slots:
             self.replay.discard(actor.slots)
@@ -201,7 +201,7 @@ class Learner:
             )
         return slots[-2]
 
-    def _log(self, name: str, actor: _Actor, columns: dict[str, float]) -> None:
+    def _log(self, name: str, actor: _Feed, columns: dict[str, float]) -> None:
         """One row for an episode that has ended."""
         columns |= self.monitor.updated(time.monotonic(), self.steps, self.updates, {})  # also where nothing is updated
         self.log.metrics(step=self.steps, actor=name, episode=actor.known, **columns)

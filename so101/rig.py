@@ -27,7 +27,7 @@ from so101.robot.probe import swapped
 from so101.robot.safety import SafetyConfig, Watchdog
 from so101.robot.sound import Cue, Sound
 from so101.robot.teleop import PLACE_CUBE, STOPPED, Leader, Pendant, Teleop, TeleopConfig, TerminalKeys
-from so101.runlog import Screen as Facts
+from so101.runlog import ProgressScreen
 from so101.schema import JOINTS, Preprocess, RewardSpec, describe
 from so101.signals import signals_held
 from so101.sim.camera import CameraConfig as SimCameraConfig
@@ -145,7 +145,7 @@ def describe_task(rig: RigConfig, env: EnvConfig, preprocess: Preprocess) -> dic
     return describe(preprocess, list(rig.cameras), env.fps, env.action_scale, env.gripper_step)
 
 
-class Page(Pendant, Screen, Facts, Protocol):
+class Page(Pendant, Screen, ProgressScreen, Protocol):
     """The page in a browser: it shows, and a person acts from there."""
 
     def connect(self, cameras: Mapping[str, AnyCamera]) -> None:

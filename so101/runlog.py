@@ -138,7 +138,7 @@ def _cut_torn_line(path: Path) -> bool:
     return whole < len(content)
 
 
-class Screen(Protocol):
+class ProgressScreen(Protocol):
     """Somewhere else where progress is shown."""
 
     def facts(self, label: str, done: int, total: int, unit: str, info: Mapping[str, float | int | str]) -> None:
@@ -154,7 +154,7 @@ class Progress:
     As a context manager it closes itself, also when the work fails.
     """
 
-    def __init__(self, label: str, total: int, unit: str, also: "Screen | None" = None) -> None:
+    def __init__(self, label: str, total: int, unit: str, also: "ProgressScreen | None" = None) -> None:
         """`also` is told the same: the page, where there is one."""
         self.label, self.total, self.unit, self.also = label, total, unit, also
         self._started: tuple[float, int] | None = None  # when, and at which count: a resume is not at 0

@@ -268,7 +268,7 @@ def test_a_device_that_keeps_its_own_size_is_refused(device):
 
 
 def test_a_camera_that_is_not_there_is_named_with_those_that_are(tmp_path, monkeypatch):
-    there = v4l2.Found("/dev/v4l/by-id/usb-A-video-index0", "/dev/video0", "A", [])
+    there = v4l2.Device("/dev/v4l/by-id/usb-A-video-index0", "/dev/video0", "A", [])
     monkeypatch.setattr(cameras, "find_cameras", lambda: [there])
     with pytest.raises(HardwareError, match=r"camera wrist: '/nowhere/cam' is not there; .* usb-A|index0\. Plug it in"):
         Camera("wrist", small("/nowhere/cam"), Clock())

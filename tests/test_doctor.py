@@ -19,7 +19,7 @@ from so101.robot.probe import Wired, swapped
 from so101.schema import JOINTS
 from so101.sim.servos import SIM_CALIBRATION, SimPort, SimServos
 from so101.timing import Clock
-from so101.tools.doctor import Config, Finding, arms, check_dataset, examine, jitter, machine, main, watch
+from so101.tools.doctor import Check, Config, arms, check_dataset, examine, jitter, machine, main, watch
 
 OTHER = Calibration(
     {
@@ -107,7 +107,7 @@ def test_each_ailment_has_its_line(live_arm, rig) -> None:
     assert (found["camera wrist"]["level"], found["camera wrist"]["then"]) == ("bad", "python -m so101.tools.camera")
 
 
-def look(rig: Path, until: str = "") -> dict[str, Finding]:
+def look(rig: Path, until: str = "") -> dict[str, Check]:
     """The findings on the arms of a rig, by name, up to the one named `until`."""
     found = {}
     for finding in arms(load(RigConfig, rig)):

@@ -429,7 +429,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "Fu
         yield {name: pool.submit(play, number, scenario) for number, (name, scenario) in enumerate(SCENARIOS.items())}
 
 
-# Found here and not mended yet: take them out when they pass.
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_way_out_on_the_pseudo_terminal(name: str, outcomes: dict[str, "Future[None]"]) -> None:
     """Field record 32, 34: an arm left up, and torque left on in the servos behind the one that complained."""

@@ -1,10 +1,13 @@
 """Who may import whom, and which packages: read from the source, so that a lazy import counts as well."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
+
+import so101
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "so101").rglob("*.py")) + sorted(ROOT.glob("*.py"))
@@ -75,3 +78,13 @@ def test_only_the_rig_knows_the_port_of_the_simulation():
         if isinstance(node, ast.Constant) and node.value == "sim"
     }
     assert knows == {rig}
+
+
+def test_the_order_to_read_in_names_files_that_are_there():
+    steps = re.split(r"^\d\. ", so101.__doc__ or "", flags=re.MULTILINE)[1:]
+    assert len(steps) == 9
+    for step in steps:
+        folder = re.match(r"(\w+)/:", step)
+        places = [ROOT / "so101" / (folder[1] if folder else ""), ROOT / "so101", ROOT]
+        for name in re.findall(r"\w+\.py|\w+/", step):
+            assert any((place / name).exists() for place in places), f"{name} of {step}"

@@ -546,7 +546,7 @@ def test_a_few_episodes_that_push_at_an_edge_are_no_wrong_scale():
 
     def seen(number, way):
         rows = {bytes([number, row]): row for row in range(100)}
-        return lint_module.Seen(number, rows, nothing, nothing, nothing, np.ones((3, 3)), np.array(way))
+        return lint_module.Compared(number, rows, nothing, nothing, nothing, np.ones((3, 3)), np.array(way))
 
     episodes = [seen(number, way) for number, way in enumerate(ways)]
     assert sum(went for went, _ in ways) / sum(asked for _, asked in ways) < lint_module.REACHED

@@ -143,7 +143,7 @@ class Rows:
 
 
 @dataclass
-class Seen:
+class Compared:
     """What an episode is compared with others by."""
 
     episode: int
@@ -166,7 +166,7 @@ class Linter:
         self.known = [said.get("state"), said.get("action")] == [list(STATE), list(ACTION)]
         self.scale = float(said.get("action_scale_m", np.nan))
         self.kept: dict[int, dict[str, Any]] = {}  # what meta/episodes says of the episodes, where it is to be checked
-        self.seen: list[Seen] = []
+        self.seen: list[Compared] = []
 
     def episode(
         self, episode: Episode, label: EpisodeLabel | None = None, pictures: Mapping[str, Pictures] | None = None
@@ -252,7 +252,7 @@ class Linter:
                     yield Finding("warning", "light", seen.episode, 0, f"{said}, or {LEAVE_OUT}")
             yield from self._drift(camera, lit, light / usual)
 
-    def _drift(self, camera: str, lit: list[Seen], light: np.ndarray) -> Iterator[Finding]:
+    def _drift(self, camera: str, lit: list[Compared], light: np.ndarray) -> Iterator[Finding]:
         """Light that goes one way over the recording: the policy learned in the morning meets the afternoon."""
         if len(lit) < LIGHT_EPISODES:
             return
@@ -567,7 +567,7 @@ def check_lengths(episode: Episode) -> Iterator[Found]:
             yield Found("warning", "frame count", episode.length, f"{said}: see whether they fit, or {LEAVE_OUT}")
 
 
-def compared_by(index: int, rows: Rows, known: bool) -> Seen:
+def compared_by(index: int, rows: Rows, known: bool) -> Compared:
     """What other episodes are held against."""
     both = np.hstack([rows.states[: len(rows.actions)], rows.actions])
     places = {row.tobytes(): place for place, row in reversed(list(enumerate(both)))}
@@ -581,10 +581,10 @@ def compared_by(index: int, rows: Rows, known: bool) -> Seen:
         asked, went = np.cumsum(rows.actions[: len(motion), :3], axis=0), np.cumsum(motion, axis=0)
         way[:] = [((asked - asked.mean(axis=0)) * other).sum() for other in (went, asked)]
     start = rows.states[0, TOOL_XYZ] if known else np.full(3, np.nan)
-    return Seen(index, places, both.min(axis=0), both.max(axis=0), start, order, way)
+    return Compared(index, places, both.min(axis=0), both.max(axis=0), start, order, way)
 
 
-def twins(episodes: Sequence[Seen]) -> Iterator[Finding]:
+def twins(episodes: Sequence[Compared]) -> Iterator[Finding]:
     """Episodes that share rows or pictures: one of them in training gives the other, held out, away."""
     kinds: list[tuple[str, list[Mapping[bytes, int] | Mapping[int, int]]]]
     kinds = [("rows", [seen.rows for seen in episodes])]
@@ -607,7 +607,7 @@ def twins(episodes: Sequence[Seen]) -> Iterator[Finding]:
                 first.setdefault(key, seen.episode)
 
 
-def never_changing(episodes: Sequence[Seen]) -> Iterator[Finding]:
+def never_changing(episodes: Sequence[Compared]) -> Iterator[Finding]:
     """Entries of state and action that say nothing: the same in all rows, or within what normalisation blanks out."""
     if not episodes:
         return
@@ -624,7 +624,7 @@ def never_changing(episodes: Sequence[Seen]) -> Iterator[Finding]:
         yield Finding("warning", "min equals max", None, None, f"{said}; {todo}")
 
 
-def what_follows_actions(episodes: Sequence[Seen], scale: float) -> Iterator[Finding]:
+def what_follows_actions(episodes: Sequence[Compared], scale: float) -> Iterator[Finding]:
     """An action comes before its motion: a recorder that keeps the observation after it tells of the past.
 
     And the tool goes about as far as actions of `scale` m ask for.

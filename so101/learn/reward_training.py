@@ -99,7 +99,7 @@ def encode_views(
     return features
 
 
-class Trained(NamedTuple):
+class TrainedReward(NamedTuple):
     best: SuccessDetector  # with the weights of the lowest held-out loss
     final: SuccessDetector  # with the last ones
     report: dict[str, Any]  # JSON-able
@@ -114,7 +114,7 @@ def train_classifier(
     progress: Progress | None = None,
     draw: Callable[[np.ndarray], Tensor] | None = None,
     training: np.ndarray | None = None,
-) -> Trained:
+) -> TrainedReward:
     """Train on some episodes, choose the threshold on the others.
 
     features (N, 1 + views, cameras, 512, h, w) on the device to train on, labels (N,) bool, episode_ids (N,),
@@ -158,7 +158,7 @@ def train_classifier(
         "final": {name: last[name] for name in ("threshold", "f_half", "problems", "at_threshold")},
         "losses": losses,
     }
-    return Trained(
+    return TrainedReward(
         SuccessDetector(best, chosen["threshold"], guard, config.consecutive),
         SuccessDetector(final, last["threshold"], guard, config.consecutive),
         report,

@@ -35,7 +35,7 @@ class Cause(NamedTuple):
     then: str
 
 
-class Seen(NamedTuple):
+class LastReadings(NamedTuple):
     """What an arm said before the fault, n times."""
 
     times: np.ndarray  # (n,) s from the fault on
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
     behind: np.ndarray  # (n, 6) how far each joint was from its goal, rad and opening; 0 while the arm is limp
 
     @classmethod
-    def of(cls, track: Track, failed_at: float) -> "Seen | None":
+    def of(cls, track: Track, failed_at: float) -> "LastReadings | None":
         """None where the arm was not read."""
         rows = [row for row in track.readings.rows if row[0] <= failed_at]
         if not rows:
@@ -58,7 +58,7 @@ def diagnosis(flight: FlightRecorder) -> str:
     error, when = flight.error, time.strftime("%Y-%m-%d at %H:%M:%S", flight.failed_on)
     kind = "a fault of the hardware" if isinstance(error, UserError) else "a bug"
     kind = "a safety stop" if isinstance(error, SafetyStop) else kind
-    arms = {name: Seen.of(track, flight.failed_at) for name, track in flight.tracks.items()}
+    arms = {name: LastReadings.of(track, flight.failed_at) for name, track in flight.tracks.items()}
     seen = {name: saw for name, saw in arms.items() if saw is not None}
     cause = _cause(flight, seen)
     said = [f"{at:+7.1f} s  {what}" for at, _, what in flight.happened("told", "cue")]
@@ -89,7 +89,7 @@ def _wrapped(words: str) -> str:
     return lines.replace("\0", " ")
 
 
-def _cause(flight: FlightRecorder, seen: Mapping[str, Seen]) -> Cause:
+def _cause(flight: FlightRecorder, seen: Mapping[str, LastReadings]) -> Cause:
     error, said = flight.error, str(flight.error)
     if not isinstance(error, UserError):
         return _bug(error)
@@ -118,7 +118,7 @@ def _cause(flight: FlightRecorder, seen: Mapping[str, Seen]) -> Cause:
     return Cause("what the error says; the readings show nothing that would explain it otherwise", "do as it says")
 
 
-def _also(cause: Cause, seen: Mapping[str, Seen], limits: SafetyConfig) -> list[str]:
+def _also(cause: Cause, seen: Mapping[str, LastReadings], limits: SafetyConfig) -> list[str]:
     """What else was wrong with a servo, and no moment's peak."""
     found = [
         other.what
@@ -171,7 +171,7 @@ def _lost_camera(flight: FlightRecorder, name: str) -> Cause:
     )
 
 
-def _silent(arm: str, joints: list[int], saw: Seen | None) -> Cause:
+def _silent(arm: str, joints: list[int], saw: LastReadings | None) -> Cause:
     first, then = JOINTS[joints[0]], "support the arm and switch its power off; "
     before = JOINTS[joints[0] - 1] if joints[0] else "the board"
     if len(joints) == len(JOINTS):
@@ -186,7 +186,7 @@ def _silent(arm: str, joints: list[int], saw: Seen | None) -> Cause:
     return Cause(f"{what}. {_last_words(saw, joints)}", then)
 
 
-def _last_words(saw: Seen | None, joints: Sequence[int]) -> str:
+def _last_words(saw: LastReadings | None, joints: Sequence[int]) -> str:
     """What motors read when they were last heard, and the lowest voltage until then."""
     if saw is None:
         return "It was not read before"
@@ -199,7 +199,7 @@ def _last_words(saw: Seen | None, joints: Sequence[int]) -> str:
     )
 
 
-def _servo_cause(arm: str, joint: int, saw: Seen, limits: SafetyConfig, seconds: float = 0.0) -> Cause | None:
+def _servo_cause(arm: str, joint: int, saw: LastReadings, limits: SafetyConfig, seconds: float = 0.0) -> Cause | None:
     """What was wrong with a joint at last, for `seconds` at least where a peak may pass; None: nothing."""
     who, times, status = f"the {arm}'s {JOINTS[joint]}", saw.times, int(saw.said.status[-1, joint]) & ~VOLTAGE_BIT
     volts, current, behind = saw.said.voltage[:, joint], saw.said.current[:, joint], saw.behind[:, joint]
@@ -241,7 +241,7 @@ def _too_hot(who: str, times: np.ndarray, heat: np.ndarray, load: np.ndarray, li
     )
 
 
-def _strain(joint: int, saw: Seen, limits: SafetyConfig) -> str:
+def _strain(joint: int, saw: LastReadings, limits: SafetyConfig) -> str:
     """How hard a joint pushed, and what came of it."""
     load, current = np.abs(saw.said.load[:, joint]), saw.said.current[:, joint]
     asked = limits.grip_load if GRIPPER[joint] else limits.stall_load
@@ -253,7 +253,7 @@ def _strain(joint: int, saw: Seen, limits: SafetyConfig) -> str:
     )
 
 
-def _wrong_voltage(arm: str, saw: Seen, limits: SafetyConfig) -> Cause:
+def _wrong_voltage(arm: str, saw: LastReadings, limits: SafetyConfig) -> Cause:
     """Of all joints whose supply was wrong at last."""
     volts = saw.said.voltage
     wrong = (volts < limits.min_voltage) | (volts > limits.max_voltage)
@@ -272,7 +272,7 @@ def _wrong_voltage(arm: str, saw: Seen, limits: SafetyConfig) -> Cause:
     return Cause(f"{what}. The others got more, so it is lost on the way there", there)
 
 
-def _loop(flight: FlightRecorder, seen: Mapping[str, Seen]) -> list[str]:
+def _loop(flight: FlightRecorder, seen: Mapping[str, LastReadings]) -> list[str]:
     """How regular the ticks were."""
     late = [what["late"] for _, _, what in flight.happened("step")]
     lines = [f"{len(late)} steps, {sum(s > 0 for s in late)} late, by {max(late):.3f} s at most"] if late else []
@@ -320,7 +320,7 @@ def _lets_go(track: Track) -> str:
     return f"`{command('release', track.arm.bus.port.name)}` lets it go"
 
 
-def _table(saw: Seen, limits: SafetyConfig) -> str:
+def _table(saw: LastReadings, limits: SafetyConfig) -> str:
     said, pushes, rows = saw.said, _pushes(saw, limits), []
     for joint, name in enumerate(JOINTS):
         words = {word for bits in set(said.status[:, joint].tolist()) for word in status_names(bits)}
@@ -343,7 +343,7 @@ def _table(saw: Seen, limits: SafetyConfig) -> str:
     )
 
 
-def _pushes(saw: Seen, limits: SafetyConfig) -> np.ndarray:
+def _pushes(saw: LastReadings, limits: SafetyConfig) -> np.ndarray:
     """Whether (n, 6) a joint pushes as hard as one that is stalled."""
     return np.abs(saw.said.load) >= np.where(GRIPPER, limits.grip_load, limits.stall_load)
 

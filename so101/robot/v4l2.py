@@ -27,7 +27,7 @@ def device_of(source: str) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class Device:
     """A camera that is plugged in."""
 
     source: str  # the best name for a config
@@ -36,7 +36,7 @@ class Found:
     formats: list[str]  # "MJPG 640x480 1280x720", ...
 
 
-def find_cameras() -> list[Found]:
+def find_cameras() -> list[Device]:
     """The V4L2 cameras that are there, without starting them; none on systems that only tell by opening one."""
     cameras = []
     for device in sorted(glob.glob("/dev/video*"), key=lambda path: (len(path), path)):
@@ -47,7 +47,7 @@ def find_cameras() -> list[Found]:
         if formats:  # a camera has a second node for its metadata, which has none
             label = Path("/sys/class/video4linux", Path(device).name, "name")
             name = label.read_text().strip() if label.exists() else "?"
-            cameras.append(Found(lasting_name(device) or device, device, name, formats))
+            cameras.append(Device(lasting_name(device) or device, device, name, formats))
     return cameras
 
 

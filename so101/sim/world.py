@@ -73,7 +73,7 @@ class Finger(NamedTuple):
     high: tuple[float, float]
 
 
-class Seen(NamedTuple):
+class CubeInFingers(NamedTuple):
     """The cube in the fingers' axes: x from the fixed finger's inner face to the jaw, y across."""
 
     place: tuple[float, float]  # m, of its centre
@@ -214,7 +214,7 @@ class World:
         face, tip = contact.INNER_FACE_X, contact.TIP_Z
         return x + xx * face + xz * tip, y + yx * face + yz * tip, xx / length, yx / length
 
-    def _fingers(self) -> tuple[tuple[Finger, Finger], Seen]:
+    def _fingers(self) -> tuple[tuple[Finger, Finger], CubeInFingers]:
         """The fixed finger, the jaw, and the cube as they see it.
 
         The fingers of a tilted gripper take up more room across, from their tips to the cube's top.
@@ -223,7 +223,7 @@ class World:
         x, y, _ = self.cube_position.tolist()
         x, y = x - tip_x, y - tip_y
         yaw = contact.face_yaw(self._yaw - math.atan2(to_jaw_y, to_jaw_x))
-        seen = Seen((x * to_jaw_x + y * to_jaw_y, y * to_jaw_x - x * to_jaw_y), yaw)
+        seen = CubeInFingers((x * to_jaw_x + y * to_jaw_y, y * to_jaw_x - x * to_jaw_y), yaw)
         up_x, up_y, up_z = self.gripper_rotation[:, 2].tolist()
         cube_z = float((self.cube_position - self.gripper_position) @ self.gripper_rotation[:, 2])
         opening = contact.jaw_opening(self.jaw_angle - contact.grip_offset(cube_z))
@@ -242,7 +242,7 @@ class World:
         high = max(at_tip, at_top) + contact.FINGER_HALF_WIDTH
         return Finger(lowest.point, depth, (near, low), (far, high))
 
-    def _squeezed(self, fingers: tuple[Finger, Finger], seen: Seen) -> bool:
+    def _squeezed(self, fingers: tuple[Finger, Finger], seen: CubeInFingers) -> bool:
         """The cube stands between the fingers, and they leave it too little room."""
         fixed, jaw = fingers
         towards_jaw, across = seen.place
@@ -254,7 +254,7 @@ class World:
             and fixed.low[1] - reach < across < fixed.high[1] + reach
         )
 
-    def _squeeze(self, fingers: tuple[Finger, Finger], seen: Seen) -> None:
+    def _squeeze(self, fingers: tuple[Finger, Finger], seen: CubeInFingers) -> None:
         """Both fingers press: the cube turns until it fits and is held, or it slips out sideways."""
         fixed, jaw = fingers
         towards_jaw, across = seen.place

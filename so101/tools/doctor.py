@@ -76,7 +76,7 @@ class Config:
 
 
 @dataclass
-class Finding:
+class Check:
     """One line of the report."""
 
     level: str  # good, warning or bad
@@ -105,28 +105,28 @@ def main(config: Config) -> int:
     return code
 
 
-def examine(config: Config) -> Iterator[Finding]:
+def examine(config: Config) -> Iterator[Check]:
     """Everything, one finding after the other."""
     yield from machine(["outputs"] if config.dataset is None else ["outputs", config.dataset])
     try:
         rig = RigConfig() if config.rig is None else load(RigConfig, config.rig)
-        yield Finding("good", "config", f"{config.rig or 'the simulated rig'} loads")
+        yield Check("good", "config", f"{config.rig or 'the simulated rig'} loads")
     except ConfigError as error:
-        yield Finding("bad", "config", str(error), AGAIN, error.exit_code)
+        yield Check("bad", "config", str(error), AGAIN, error.exit_code)
     else:
         yield from arms(rig)
         if not rig.simulated:
             try:
                 require_lasting_names(rig.cameras)
             except ConfigError as error:
-                yield Finding("bad", "cameras", str(error), "python -m so101.tools.camera", error.exit_code)
+                yield Check("bad", "cameras", str(error), "python -m so101.tools.camera", error.exit_code)
         for name, camera in rig.cameras.items():
             yield check_camera(name, camera, rig.simulated)
     if config.dataset is not None:
         yield from check_dataset(config.dataset)
 
 
-def machine(folders: Iterable[str]) -> Iterator[Finding]:
+def machine(folders: Iterable[str]) -> Iterator[Check]:
     """Processors, the disks of the folders that data goes to (there or not), clock and serial ports."""
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     about = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
@@ -137,22 +137,22 @@ def machine(folders: Iterable[str]) -> Iterator[Finding]:
         except RuntimeError as error:
             name, worked = str(error).splitlines()[0], False
         then = "" if worked else "install the torch that fits this machine's driver (pytorch.org), or use device=cpu"
-        yield Finding("good" if worked else "bad", f"torch device {device}", f"{name}; {about}", then)
+        yield Check("good" if worked else "bad", f"torch device {device}", f"{name}; {about}", then)
     for folder in folders:
         path = Path(folder).absolute()
         free = shutil.disk_usage(next(there for there in (path, *path.parents) if there.exists())).free
         level = "good" if free > LITTLE_SPACE else "warning" if free > NO_SPACE else "bad"
         then = "" if level == "good" else "make room, or give a folder on another disk"
-        yield Finding(level, f"disk of {folder}", f"{free / 1e9:.1f} GB free", then)
+        yield Check(level, f"disk of {folder}", f"{free / 1e9:.1f} GB free", then)
     late = jitter(Clock())
     level = "good" if late < LATE_S else "warning"
     then = "" if level == "good" else "close other programs, then run this again"
-    yield Finding(level, "clock", f"a sleeping loop wakes up {late * 1e3:.1f} ms late (99th percentile)", then)
+    yield Check(level, "clock", f"a sleeping loop wakes up {late * 1e3:.1f} ms late (99th percentile)", then)
     for port in list_ports():
         if os.name == "posix" and not os.access(port.device, os.R_OK | os.W_OK):
-            yield Finding("warning", "serial port", f"{port} {permission_advice(port.device)}", AGAIN)
+            yield Check("warning", "serial port", f"{port} {permission_advice(port.device)}", AGAIN)
         else:
-            yield Finding("good", "serial port", str(port))
+            yield Check("good", "serial port", str(port))
 
 
 def jitter(clock: Clock) -> float:
@@ -165,7 +165,7 @@ def jitter(clock: Clock) -> float:
     return float(np.percentile(late, 99))
 
 
-def arms(rig: RigConfig) -> Iterator[Finding]:
+def arms(rig: RigConfig) -> Iterator[Check]:
     """Ports, servos and calibrations of follower and leader, and whether the two are swapped."""
     whole: dict[str, Wired] = {}
     with ExitStack() as stack:
@@ -175,9 +175,9 @@ def arms(rig: RigConfig) -> Iterator[Finding]:
                     yield from check_arm(name, config, rig.simulated, whole, stack)
                 except HardwareError as error:
                     then = _free(config.port) if isinstance(error, PortBusy) else PORTS_COMMAND
-                    yield Finding("bad", f"{name} port", str(error), then, HARDWARE)
+                    yield Check("bad", f"{name} port", str(error), then, HARDWARE)
         if len(whole) == 2 and (said := swapped(**whole)):
-            yield Finding("bad", "arms", said, f"{PORTS_COMMAND} wiggle=true", HARDWARE)
+            yield Check("bad", "arms", said, f"{PORTS_COMMAND} wiggle=true", HARDWARE)
 
 
 def _free(port: str) -> str:
@@ -191,7 +191,7 @@ def _free(port: str) -> str:
 
 def check_arm(
     name: str, config: ArmConfig, simulated: bool, whole: dict[str, Wired], stack: ExitStack
-) -> Iterator[Finding]:
+) -> Iterator[Check]:
     """One arm; it joins `whole` when all its servos answer and its calibration can be read.
 
     Raises HardwareError when its port cannot be opened, or fails.
@@ -200,14 +200,14 @@ def check_arm(
     stack.callback(port.close)
     stable = next((info.stable for info in list_ports() if info.device == config.port), None)
     if stable is None:
-        yield Finding("good", f"{name} port", f"{config.port} opens")
+        yield Check("good", f"{name} port", f"{config.port} opens")
     else:
         found = f"{config.port} opens, but may be another arm's after a reboot"
-        yield Finding("warning", f"{name} port", found, f"write {stable} into the config")
+        yield Check("warning", f"{name} port", found, f"write {stable} into the config")
     bus = ServoBus(port)
     answering = yield from check_servos(name, bus)
     if gap := explain_gap(answering, config.port):
-        yield Finding("bad", f"{name} chain", gap, command("setup", config.port, f"arm={name}"), HARDWARE)
+        yield Check("bad", f"{name} chain", gap, command("setup", config.port, f"arm={name}"), HARDWARE)
         if isinstance(port, serial.Serial):
             yield from strangers(name, port)
     states = [state for state in answering.values() if state is not None]
@@ -219,16 +219,16 @@ def check_arm(
             raise ConfigError(f"{name}.calibration: a real arm needs its calibration file")
         calibration = SIM_CALIBRATION if simulated else load_calibration(Path(config.calibration or ""))
     except ConfigError as error:
-        yield Finding("bad", what, str(error), then, error.exit_code)
+        yield Check("bad", what, str(error), then, error.exit_code)
         return
     whole[name] = bus, calibration
     if foreign := explain_differences(calibration, {state.id: state.stored for state in states}):
-        yield Finding("bad", what, f"{config.calibration}: {foreign}", then, HARDWARE)
+        yield Check("bad", what, f"{config.calibration}: {foreign}", then, HARDWARE)
     else:
-        yield Finding("good", what, f"{config.calibration or 'the simulated one'} is the one in the servos")
+        yield Check("good", what, f"{config.calibration or 'the simulated one'} is the one in the servos")
 
 
-def check_servos(name: str, bus: ServoBus) -> Generator[Finding, None, dict[str, ServoState | None]]:
+def check_servos(name: str, bus: ServoBus) -> Generator[Check, None, dict[str, ServoState | None]]:
     """A finding for each servo that answers and for all of them together.
 
     Returns the joints that answer with their states, None where two motors do.
@@ -242,53 +242,53 @@ def check_servos(name: str, bus: ServoBus) -> Generator[Finding, None, dict[str,
                 yield servo_finding(f"{name} {joint}", state, bus.port.name)
         except ServoError as error:
             answering[joint] = None
-            yield Finding("bad", f"{name} {joint}", str(error), setup, HARDWARE)
+            yield Check("bad", f"{name} {joint}", str(error), setup, HARDWARE)
     if mix := firmware_mix(filter(None, answering.values())):
-        yield Finding("warning", f"{name} firmware", mix, "nothing, while no replies are lost")
+        yield Check("warning", f"{name} firmware", mix, "nothing, while no replies are lost")
     if (damaged := damaged_replies(bus)) and None not in answering.values():
         found = f"{damaged} replies came damaged: a loose plug, a worn cable, or another program on the port"
-        yield Finding("warning", f"{name} line", found, "push all plugs in, then run this again")
+        yield Check("warning", f"{name} line", found, "push all plugs in, then run this again")
     return answering
 
 
-def servo_finding(what: str, state: ServoState, port: str | None) -> Finding:
+def servo_finding(what: str, state: ServoState, port: str | None) -> Check:
     """One servo on `port` that answers."""
     found = "; ".join([str(state), *state.complaints])
     if state.status or not state.supplied:
-        return Finding("bad", what, found, AGAIN, HARDWARE)
+        return Check("bad", what, found, AGAIN, HARDWARE)
     if state.complaints:
-        return Finding("warning", what, found, AGAIN)
+        return Check("warning", what, found, AGAIN)
     if state.torque:
-        return Finding("warning", what, found, f"support the arm, then {command('release', port)}")
-    return Finding("good", what, found)
+        return Check("warning", what, found, f"support the arm, then {command('release', port)}")
+    return Check("good", what, found)
 
 
-def strangers(name: str, port: serial.Serial) -> Iterator[Finding]:
+def strangers(name: str, port: serial.Serial) -> Iterator[Check]:
     """Motors that answer at another speed or to an id that no joint has: why a joint may be silent."""
     setup = command("setup", port.port, f"arm={name}")
     for baud in BAUDS:
         for servo_id in hear(port, baud)[0]:
             if baud != BAUD or not 1 <= servo_id <= len(JOINTS):
                 found = f"answers as id {servo_id} at {baud} baud; joints have ids 1 .. {len(JOINTS)} at {BAUD}"
-                yield Finding("bad", f"{name} motor {servo_id}", found, setup, HARDWARE)
+                yield Check("bad", f"{name} motor {servo_id}", found, setup, HARDWARE)
 
 
-def check_camera(name: str, config: CameraConfig, simulated: bool) -> Finding:
+def check_camera(name: str, config: CameraConfig, simulated: bool) -> Check:
     """Whether a camera opens and gives frames, how many, and how old they are when they are used."""
     what, clock = f"camera {name}", Clock()
     if simulated:
-        return Finding("good", what, "rendered by the simulation")
+        return Check("good", what, "rendered by the simulation")
     try:
         with closing(Camera(name, config, clock)) as camera:
             fps, age = watch(camera, clock, WATCH_CAMERA_S)
     except HardwareError as error:
-        return Finding("bad", what, str(error), "python -m so101.tools.camera", HARDWARE)
+        return Check("bad", what, str(error), "python -m so101.tools.camera", HARDWARE)
     found = f"{config.source}: {fps:.1f} of {config.fps} frames per second, {age * 1e3:.0f} ms old when they are used"
     if fps < ENOUGH_FPS * config.fps:
-        return Finding(
+        return Check(
             "warning", what, found, "add light, and give the camera a USB port of its own; then run this again"
         )
-    return Finding("good", what, found)
+    return Check("good", what, found)
 
 
 def watch(camera: AnyCamera, clock: Clock, seconds: float) -> tuple[float, float]:
@@ -302,19 +302,17 @@ def watch(camera: AnyCamera, clock: Clock, seconds: float) -> tuple[float, float
     return (len(set(taken)) - 1) / (taken[-1] - taken[0] or seconds), float(np.mean(ages))
 
 
-def check_dataset(folder: str) -> Iterator[Finding]:
+def check_dataset(folder: str) -> Iterator[Check]:
     """Whether a dataset opens, and where its parts disagree."""
     try:
         dataset = open_dataset(folder)
     except UserError as error:
-        yield Finding("bad", "dataset", str(error), "give the folder that holds meta/info.json", error.exit_code)
+        yield Check("bad", "dataset", str(error), "give the folder that holds meta/info.json", error.exit_code)
         return
     frames = sum(episode.length for episode in dataset.episodes)
-    yield Finding(
-        "good", "dataset", f"{folder}: {len(dataset.episodes)} episodes, {frames} frames at {dataset.fps} fps"
-    )
+    yield Check("good", "dataset", f"{folder}: {len(dataset.episodes)} episodes, {frames} frames at {dataset.fps} fps")
     for note in dataset.notes:
-        yield Finding("warning", "dataset", note, "nothing: the rows are believed")
+        yield Check("warning", "dataset", note, "nothing: the rows are believed")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def main(config: Config) -> None:
             arguments = (terminal, port, port.servos, clock, stop, under)
             threading.Thread(target=serve, args=arguments, daemon=True).start()
         if table is not None:
-            film = Film(config, table, clock)
+            film = CameraStream(config, table, clock)
             server = stack.enter_context(Server({f"GET {STREAM}": film.stream}, config.port))
             for work in (server.serve_forever, film.run):
                 threading.Thread(target=work, daemon=True).start()
@@ -198,7 +198,7 @@ class Table:
         )
 
 
-class Film:
+class CameraStream:
     """The wrist camera's frames as JPEG, drawn while somebody watches, once for all who do."""
 
     def __init__(self, config: Config, table: Table, clock: Clock) -> None:

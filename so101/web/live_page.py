@@ -58,7 +58,7 @@ STATE, CAMERA, VIEW = 0, 1, 2  # kinds of parts
 HEAD = struct.Struct(">BBI")  # of a part: kind, index, length
 
 
-class Judge(Protocol):
+class Likelihood(Protocol):
     """What says how likely success is."""
 
     probability: float | None  # of the newest frame
@@ -78,7 +78,7 @@ class LivePage:
     def __init__(self, script: str, folder: Path | None = None) -> None:
         """`folder` is a run's, whose metrics.csv gives the curves."""
         self.script = script
-        self.judge: Judge | None = None
+        self.judge: Likelihood | None = None
         self._curves = Curves(folder / "metrics.csv") if folder is not None else None
         self._cameras: Mapping[str, Camera] = {}
         self._changed = threading.Condition()

@@ -29,7 +29,7 @@ from so101.episodes import labelled, load_images, load_states
 from so101.learn.networks import images_to_input
 from so101.learn.resnet10 import STRIDE, ResNet10, load_resnet10
 from so101.learn.reward import RewardConfig, SuccessClassifier
-from so101.learn.reward_training import Trained, encode_views, train_classifier, training_copy, training_frames
+from so101.learn.reward_training import TrainedReward, encode_views, train_classifier, training_copy, training_frames
 from so101.schema import Preprocess
 
 ROOT = Path(__file__).parent.parent.parent
@@ -96,7 +96,7 @@ def main(config: Config) -> None:
     print_times(trunk, reward, images, views, np.array(cached_s), np.array(anew_s), np.array(encode_s))
 
 
-def outcome(seed: int, name: str, trained: Trained) -> str:
+def outcome(seed: int, name: str, trained: TrainedReward) -> str:
     """One training's line."""
     report, losses = trained.report, trained.report["losses"]
     return (
