@@ -243,7 +243,8 @@ def record_episode(
             break
     if unmoved(np.array(actions)):
         raise EpisodeAborted(
-            f"its {steps} actions never move the tool; move the leader, and check that its servos answer"
+            f"its {steps} actions never move the tool; move the leader or hold the page's keys; if you did, see with "
+            f"`python -m so101.tools.teleoperate` whether the leader answers"
         )
     if "failure" in step.events:
         success_from = None  # the last word

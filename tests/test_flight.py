@@ -262,6 +262,7 @@ def test_a_stalled_camera(fly: Callable[..., Flown]) -> None:
 
     flown = fly(stall)
     assert isinstance(flown.error, EpisodeAborted)
+    assert "episodes in a row that came to nothing, " in flown.diagnosis
     assert "camera wrist gave no good frames any more; the newest frame used was taken 0.60 s before" in (
         flown.diagnosis
     )

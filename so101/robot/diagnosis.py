@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from so101.errors import SafetyStop, UserError
+from so101.errors import EpisodeAborted, HardwareError, SafetyStop, UserError
 from so101.robot.arm import Reading
 from so101.robot.feetech import status_names
 from so101.robot.flight import SECONDS, FlightRecorder, Track
@@ -56,8 +56,11 @@ class LastReadings(NamedTuple):
 def diagnosis(flight: FlightRecorder) -> str:
     """The text of diagnosis.txt, of a flight that has failed."""
     error, when = flight.error, time.strftime("%Y-%m-%d at %H:%M:%S", flight.failed_on)
-    kind = "a fault of the hardware" if isinstance(error, UserError) else "a bug"
-    kind = "a safety stop" if isinstance(error, SafetyStop) else kind
+    kinds = {
+        SafetyStop: "a safety stop", EpisodeAborted: "episodes in a row that came to nothing",
+        HardwareError: "a fault of the hardware",
+    }  # fmt: skip
+    kind = next((words for what, words in kinds.items() if isinstance(error, what)), "a bug")
     arms = {name: LastReadings.of(track, flight.failed_at) for name, track in flight.tracks.items()}
     seen = {name: saw for name, saw in arms.items() if saw is not None}
     cause = _cause(flight, seen)

@@ -151,8 +151,7 @@ def limited_by(env: Env, wanted: np.ndarray, tool: np.ndarray) -> list[str]:
 
     The gripper's range is none of them: a hand that holds it open or shut asks for more at every step.
     """
-    low, high = np.array(env.config.workspace_low), np.array(env.config.workspace_high)
-    low[2] = max(low[2], env.config.table_z + TIP_BELOW_TOOL)
+    low, high = env.config.box
     limits = {
         "leash": np.linalg.norm(wanted - tool) > env.config.leash,
         "workspace": np.any((wanted < low) | (wanted > high)),
