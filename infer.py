@@ -266,40 +266,23 @@ def evaluate(
     with Progress("evaluate", len(evaluation.turns()), "episode", rig.page) as progress:
         while (turn := evaluation.next_turn()) is not None or fresh:
             try:
-                if turn is None:
-                    pressed = last_word(env)
-                else:
-                    name, start = turn
-                    rig.start_over(start.seed)
-                    rig.teleop.hear(EVALUATION)
-                    place = where(start, len(evaluation.starts)) if rig.verdict is None else None
-                    observation, pressed = env.reset(start=np.array(start.tool), place=place)
+                observation, pressed = (None, last_word(env)) if turn is None else go_to(env, rig, turn[1], evaluation)
                 corrected = fresh and evaluation.correct(pressed)
                 fresh = False
                 if corrected:
                     keep()
                 if "quit" in pressed:
-                    break
-                if turn is None or (corrected and "redo" in pressed):
+                    return
+                if turn is None or observation is None or (corrected and "redo" in pressed):
                     continue
-                if film is not None:
-                    film.begin(f"episode {start.number} of {len(evaluation.starts)}", evaluation.title(name))
-                first, object_at = observation, placed(rig, start)
-                rig.teleop.hear(POLICY_STARTS)
-                step, helped = drive(env, drivers[name], observation, start.seed, std_scale, film)
-                if "quit" in step.events:  # what was cut off is no failure of the policy
-                    break
-                if helped:
-                    rig.teleop.hear(DROPPED.about(TAKEN_OVER))
-                if helped or "redo" in step.events:
-                    evaluation.repeat("taken over" if helped else "dropped by the person")
-                    continue
-                result = judge(name, start.number, first, object_at, step, judges, env.reward)
-                if film is not None:
-                    film.keep(evaluation.name(result), "SUCCESS" if result.success else "FAIL", result.success)
+                result = run_one(env, rig, drivers[turn[0]], judges, evaluation, turn, observation, std_scale, film)
             except EpisodeAborted as error:
                 aborts = rig.teleop.drop(error, aborts)
-                evaluation.repeat("aborted")
+                result = "aborted"
+            if result == "quit":
+                return
+            if isinstance(result, str):
+                evaluation.repeat(result)
                 continue
             done.append(result)
             fresh, aborts = True, 0
@@ -307,6 +290,38 @@ def evaluate(
             wins = {other: [one.success for one in done if one.policy == other] for other in drivers}
             told = {other if len(wins) > 1 else "success": f"{sum(won)}/{len(won)}" for other, won in wins.items()}
             progress.update(len(done), **told)
+
+
+def go_to(env: Env, rig: Rig, start: Start, evaluation: Evaluation) -> tuple[Observation, frozenset[str]]:
+    """Bring arm and scene to a start; what is seen there, and the keys pressed on the way."""
+    rig.start_over(start.seed)
+    rig.teleop.hear(EVALUATION)
+    place = where(start, len(evaluation.starts)) if rig.verdict is None else None
+    return env.reset(start=np.array(start.tool), place=place)
+
+
+def run_one(
+    env: Env, rig: Rig, driver: Driver, judges: Judges, evaluation: Evaluation, turn: tuple[str, Start],
+    observation: Observation, std_scale: float, film: Film | None,
+) -> Result | str:  # fmt: skip
+    """One episode from its first observation on; or why it does not count: what is cut off is no failure."""
+    name, start = turn
+    if film is not None:
+        film.begin(f"episode {start.number} of {len(evaluation.starts)}", evaluation.title(name))
+    object_at = placed(rig, start)
+    rig.teleop.hear(POLICY_STARTS)
+    step, helped = drive(env, driver, observation, start.seed, std_scale, film)
+    if "quit" in step.events:
+        return "quit"
+    if helped:
+        rig.teleop.hear(DROPPED.about(TAKEN_OVER))
+        return "taken over"
+    if "redo" in step.events:
+        return "dropped by the person"
+    result = judge(name, start.number, observation, object_at, step, judges, env.reward)
+    if film is not None:
+        film.keep(evaluation.name(result), "SUCCESS" if result.success else "FAIL", result.success)
+    return result
 
 
 def drive(
