@@ -161,6 +161,8 @@ class Progress:
         self._shown = time.monotonic()
         self._done, self._text = 0, ""
         self._width = 0  # of the line on the terminal
+        if also is not None:
+            also.facts(label, 0, total, unit, {})
 
     def __enter__(self) -> "Progress":
         return self

@@ -220,8 +220,8 @@ function show(now) {
 
 function showDriver() {
   const mine = state.wheel === me, pill = $("driver"), between = state.age > RESETS_S;
-  const alone = ["record", "teleoperate"].includes(about.script) ? "between episodes" : "policy drives";
-  let words = { policy: alone, leader: "leader arm drives", page: mine ? "you drive" : "another page drives" }[state.driver];
+  const alone = ["record", "teleoperate"].includes(about.script); // there is no policy, and nobody to hand back to
+  let words = { policy: alone ? "between episodes" : "policy drives", leader: "leader arm drives", page: mine ? "you drive" : "another page drives" }[state.driver];
   let kind = state.driver === "page" && mine ? "mine" : state.driver;
   if (state.driver === undefined) words = kind = "";
   else if (state.driver === "page" && !state.wheel) [words, kind] = ["nobody drives: the arm holds", "still"];
@@ -231,8 +231,8 @@ function showDriver() {
   pill.className = kind;
   const intervene = $("press-intervene"), driving = state.driver && state.driver !== "policy";
   intervene.lastChild.textContent = driving ? "hand back" : "take over";
-  intervene.disabled = state.recording || state.driver === undefined;
-  intervene.title = state.recording ? "in a recording there is nobody to hand back to" : "";
+  intervene.disabled = alone || state.driver === undefined;
+  intervene.title = alone ? "in a recording there is nobody to hand back to" : "";
   $("press-pause").lastChild.textContent = state.paused ? "go on" : "pause";
   const now = wheel ? hand() : null;
   $("held").textContent = !wheel ? "" : late ? `the line is ${fixed(late, 1)} s behind: the arm holds` : now.some(Boolean) ? said(now)
