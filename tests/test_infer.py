@@ -508,7 +508,7 @@ def test_what_never_had_an_episode_leaves_nothing(run, monkeypatch):
 @pytest.mark.slow
 def test_a_kill_at_any_instant_loses_only_the_episode_in_progress(trained, run):
     infer_py = [sys.executable, "infer.py", f"run={run}"]
-    command = [*infer_py, "episodes=6", "video=true"]
+    command = [*infer_py, "episodes=20", "video=true"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     had = 0
     for instant in (0.3, 0.8):
@@ -520,15 +520,15 @@ def test_a_kill_at_any_instant_loses_only_the_episode_in_progress(trained, run):
         process.send_signal(signal.SIGKILL)
         process.wait()
         partial = Evaluation.load(newest(run))
-        assert had < len(partial.episodes) < 6 and not partial.complete
+        assert had < len(partial.episodes) < 20 and not partial.complete
         had = len(partial.episodes)
         for result in partial.episodes:
             assert VideoReader(newest(run) / "clips" / f"{partial.name(result)}.mp4").times.size == 17
         command = [*infer_py, "resume=true"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert len(Evaluation.load(newest(run)).episodes) == 6 and len(all_of(run)) == 1
-    # its video is of all six: 7 pictures each, and a second of the verdict
-    assert VideoReader(newest(run) / "video.mp4").times.size == 6 * (7 + 10)
+    assert len(Evaluation.load(newest(run)).episodes) == 20 and len(all_of(run)) == 1
+    # its video is of all twenty: 7 pictures each, and a second of the verdict
+    assert VideoReader(newest(run) / "video.mp4").times.size == 20 * (7 + 10)
     left = {path.name for path in newest(run).iterdir() if path.name[0] != "."}  # but for half a file of the kill
     assert left == {"eval.csv", "eval.json", "frames", "report.html", "video.mp4"}
 
