@@ -56,7 +56,7 @@ from so101.robot.teleop import DROPPED, EVALUATION, POLICY_STARTS
 from so101.runlog import Progress
 from so101.schema import TOOL_XYZ, Preprocess, RewardSpec
 from so101.starts import KINDS, Start, make_starts, where
-from so101.web.live_page import live_page
+from so101.web.live_page import LivePage, live_page
 
 FREE = ("reset_time_s", "random_ee_reset", "random_ee_range_xy", "random_ee_range_z")  # of two runs' env
 
@@ -98,8 +98,8 @@ class Config:
             raise ConfigError(f"grid: got {self.grid}, needs the places along x and y, [3, 3] say, or x, y and z")
 
 
-def main(config: Config) -> None:
-    """Load what was trained, run it, print and store the result."""
+def main(config: Config, page: LivePage | None = None) -> None:
+    """Load what was trained, run it, print and store the result; on a `page` that is open already, if one is."""
     began, run = time.time(), Path(config.run)
     trained = Trained.of(run)
     folder = to_resume(config) if config.resume else begin(run, config.output)
@@ -112,7 +112,7 @@ def main(config: Config) -> None:
             if evaluation.complete:
                 print(f"{folder}: every episode was run; what is missing of its report and video is made now")
             else:
-                run_episodes(config, trained, drivers, evaluation, folder)
+                run_episodes(config, trained, drivers, evaluation, folder, page)
         finally:  # also of one that was cut short
             if (folder / "eval.json").exists():
                 done = Evaluation.load(folder)
@@ -122,12 +122,17 @@ def main(config: Config) -> None:
 
 
 def run_episodes(
-    config: Config, trained: "Trained", drivers: "dict[str, Driver]", evaluation: Evaluation, folder: Path
+    config: Config,
+    trained: "Trained",
+    drivers: "dict[str, Driver]",
+    evaluation: Evaluation,
+    folder: Path,
+    page: LivePage | None,
 ) -> None:
     """On the rig, what is left of an evaluation; each episode is in its folder from the moment it ends."""
     eyes = drivers["A"].eyes
     with ExitStack() as stack:
-        page = stack.enter_context(live_page(config.page, config.page_port, "infer"))
+        page = page or stack.enter_context(live_page(config.page, config.page_port, "infer"))
         if page is not None:
             page.judge = eyes
         rig = stack.enter_context(open_rig(trained.rig, config.seed, page, folder))

@@ -23,7 +23,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,6 +172,14 @@ def main(config: Config) -> None:
     known = known_demonstrations(config)
     eyes = make_eyes(config)
     begin_run(folder, config)
+    with live_page(config.page, config.page_port, "train_sac", folder) as page:
+        finish(config, train(config, known, eyes, page), page)
+    print(f"{time.monotonic() - started:.0f} s in all")
+
+
+def train(config: Config, known: list[tuple[Episode, np.ndarray]], eyes: Eyes, page: LivePage | None) -> bool:
+    """Act and learn until the person quits; whether the run has all its steps."""
+    folder = Path(config.output)
     with ExitStack() as stack:
         if config.role == "both":
             stack.callback(report, config)  # also of a run that is cut short
@@ -187,7 +195,6 @@ def main(config: Config) -> None:
             learner = stack.enter_context(closing(make_learner(config, eyes.encoder, known)))
             learning = run_learner(config, learner, link)
             next(learning)  # takes in what is recorded, before the arm moves
-        page = stack.enter_context(live_page(config.page, config.page_port, "train_sac", folder))
         if page is not None:
             page.judge = eyes
         actor = stack.enter_context(closing(make_actor(config, known, eyes, link, watch, page)))
@@ -204,8 +211,7 @@ def main(config: Config) -> None:
                 next(learning)
         if learning:
             learner.save_last()
-    finish(config, max(actor.steps, link.status.steps) >= config.steps)
-    print(f"{time.monotonic() - started:.0f} s in all")
+    return max(actor.steps, link.status.steps) >= config.steps
 
 
 def run_actor(config: Config, actor: Actor, env: Env, rig: Rig, eyes: Eyes) -> Iterator[None]:
@@ -454,7 +460,7 @@ def address(config: Config) -> tuple[str, int] | None:
     return None if port is None else (config.link.host, port)
 
 
-def finish(config: Config, done: bool) -> None:
+def finish(config: Config, done: bool, page: LivePage | None) -> None:
     """Evaluate a run that has all its steps, and write its report."""
     folder = Path(config.output)
     if config.role == "actor":
@@ -464,7 +470,7 @@ def finish(config: Config, done: bool) -> None:
         print("ended by the person; resume=true goes on")
     elif config.evaluation_episodes:
         wanted = infer.Config(run=config.output, episodes=config.evaluation_episodes, seed=config.seed + 10_000)
-        infer.main(replace(wanted, page=config.page, page_port=config.page_port))
+        infer.main(wanted, page)
         report(config)
     print(f"report: {folder / 'report.html'}")
 

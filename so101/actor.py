@@ -147,7 +147,7 @@ class Actor:
     def take_verdict(self, pressed: frozenset[str]) -> None:
         """A key pressed while the arm reset corrects the episode just ended, here and in its labels."""
         if "redo" in pressed and self._ended:
-            self.progress.say("r came too late: the episode has been learned from; s or f say how it ended")
+            self.progress.say("too late to drop the episode, it has been learned from; s or f say how it ended")
         if not pressed & {"success", "failure"} or not self._ended:
             return
         success, number = "failure" not in pressed, self.episodes.episodes - 1

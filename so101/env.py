@@ -202,6 +202,7 @@ class Env:
         meanwhile: a verdict there corrects the episode just ended. The key to quit ends the reset where it is; what is
         observed there begins no episode.
         """
+        self.teleop.keep(self.teleop.still_there(self.clock, self._read))  # record.py ends episodes by itself, too
         if self.teleop.stranded:  # who drove is gone: nothing moves by itself until somebody is there
             self.teleop.keep(self.hold(lambda: not self.teleop.paused))
         self.teleop.hand_back()

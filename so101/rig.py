@@ -288,6 +288,7 @@ def _real(config: RigConfig, stack: ExitStack, page: Page | None) -> Rig:
         stack.callback(cameras[name].close)
     if page is not None:
         page.connect(cameras)
+        stack.callback(page.connect, {})
     teleop = Teleop(leader, TerminalKeys(Sound(config.teleop.sounds)), config.teleop, page)
     return Rig(clock, arm, cameras, teleop, None, config.safety, page)
 

@@ -298,7 +298,7 @@ def test_where_the_classifier_judges_it_counts_each_frame_once(run):
 
 def test_a_person_judges_in_the_episode_in_the_reset_and_after_the_last(run):
     """f while the arm resets after the first, s in the second, f in the third's hold at the end."""
-    keys = {(2, 1): "failure", (2, 3): "success", (3, 5): "failure"}
+    keys = {(2, 1): "failure", (2, 4): "success", (3, 6): "failure"}
     evaluation, person, _, saved = evaluated(run, 3, keys, real=True, says=0.9)
     assert [r.classifier for r in evaluation.episodes] == [True, False, True]  # two frames are no vote
     assert [r.person for r in evaluation.episodes] == [False, True, False]

@@ -25,6 +25,7 @@ from so101.robot.teleop import EVALUATION, Teleop
 from so101.schema import Preprocess, RewardSpec
 from so101.sim.world import WorldConfig
 from so101.starts import make_starts
+from so101.web.live_page import LivePage
 
 
 def killed(*arguments, **named):
@@ -209,7 +210,7 @@ def test_on_a_real_arm_the_place_is_told_last_and_p_is_waited_for(run, monkeypat
 
     monkeypatch.setattr(Teleop, "place_object", timed)
     # a look each 0.1 s: p after 2 s in the second reset, with f for the episode before
-    keys = {(2, 10): "failure", (2, 20): "pause", (3, 14): "quit"}
+    keys = {(2, 10): "failure", (2, 21): "pause", (3, 15): "quit"}
     evaluation, person, film, _ = evaluated(run, 4, keys, real=True, says=0.9)
     waits = [round(ended - began, 6) for began, ended in held]
     assert waits == [30.0, 2.0, 1.4]
@@ -235,3 +236,12 @@ def test_what_the_guard_vetoes_is_counted_and_said(run, monkeypatch, capsys):  #
     monkeypatch.setattr(detector, "guard", None)
     evaluation, *_ = evaluated(run, 1, says=0.9)
     assert evaluation.episodes[0].vetoed == 0 and evaluation.rows("A")[0][5] == "yes"
+
+
+def test_the_evaluation_after_a_training_is_on_the_page_of_the_training(run, capsys):  # noqa: F811
+    page = LivePage("train_sac")
+    infer.main(infer.Config(run=str(run), episodes=2), page)
+    assert "http://" not in capsys.readouterr().out and not page._closed
+    shown = page._copy(0, 0)
+    assert shown["facts"]["label"] == "evaluate" and shown["facts"]["done"] == 2
+    assert len(shown["outcomes"]) == 1 and shown["threshold"] == 0.5  # of the second the last word is not known

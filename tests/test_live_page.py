@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import pytest
 from chromium import MISSING, Chromium
+from test_env import servos_of
 from test_web import Client, serving
 
 import record
@@ -312,6 +313,29 @@ def test_a_page_lost_just_before_the_end_of_its_episode_costs_it_and_a_short_sta
             assert step.truncated and step.events == events and rig.teleop.paused == bool(events)
         assert "time out" in (told := [words for _, _, words in page._told]) and told.count("time out") == 1
         assert told[-1] == LOST.text
+
+
+def test_a_recording_that_ends_itself_asks_who_is_there_before_the_arm_moves(page: LivePage, client: Client) -> None:
+    """A person said success, and was lost while the last rows were recorded."""
+    with driven(page) as (env, rig):
+        send(client, "api/hand", who="me", number=1, hand=[0, 0, 0, 0])
+        env.reset(person_drives=True)
+        env.step(STILL)
+        page._wheel = ("me", page._wheel[1] - 0.5, page._wheel[2])  # type: ignore[index]
+        env.step(STILL)
+        stood, seen = rig.arm.commanded.tolist(), []
+        servos = servos_of(rig.arm)
+        servos.after(20.0, lambda: seen.append(rig.arm.commanded.tolist()))
+
+        def goes_on() -> None:
+            while LOST.text not in [words for _, _, words in page._told] or not seen:
+                time.sleep(0.01)
+            send(client, "api/press", event="pause")
+
+        person = threading.Thread(target=goes_on)
+        person.start()
+        assert "redo" in env.reset()[1] and seen == [stood]
+        person.join()
 
 
 def test_one_page_drives_and_another_one_only_after_it_let_go_or_was_silent(

@@ -461,7 +461,7 @@ def test_frames_that_are_all_successes_are_refused():
     features, labels, episode_ids, states = toy(frames=4, episodes=4)
     labels = np.isin(episode_ids, [100, 102])
     train_classifier(features, labels, episode_ids, states, RewardConfig(steps=1, views=1))  # failures make up for it
-    with pytest.raises(DataError, match="0 episodes without one"):
+    with pytest.raises(DataError, match="0 episodes without a success"):
         train_classifier(features, np.ones(16, bool), episode_ids, states, RewardConfig(steps=1, views=1))
 
 

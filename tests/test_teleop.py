@@ -349,17 +349,43 @@ def test_a_key_held_on_the_page_takes_over_and_its_action_is_what_is_done():
         assert not env.step(AWAY).by_human
 
 
-def test_the_key_stops_the_policy_also_with_nobody_at_the_wheel():
+def test_the_key_stops_the_policy_also_with_nobody_at_the_wheel_and_no_row_is_nobodys():
     with open_rig(RigConfig(leader=None), 0) as rig:
         wheel = Wheel(rig)
         env = rig.make_env(EnvConfig(random_ee_reset=False), Preprocess(), RewardSpec(), 0)
         env.reset()
         wheel.keys = ["intervene"]
+        target = env.target
+        assert env.step(AWAY).events == {"intervene", "redo"} and wheel.heard[-1] == teleop.UNMANNED
         for _ in range(5):
-            step = env.step(AWAY)
-            assert step.by_human and step.action.tolist() == [0, 0, 0, 0] and "redo" not in step.events
-        wheel.held = AWAY
-        assert env.step(STILL).action.tolist() == AWAY.tolist()
+            assert env.step(AWAY).action.tolist() == [0, 0, 0, 0] and (env.target == target).all()
+        servos_of(rig.arm).after(3.0, lambda: wheel.keys.append("pause"))
+        began = rig.clock.now()
+        assert env.reset()[1] == {"pause"} and rig.clock.now() - began > 3.0
+        wheel.held, wheel.keys = STILL, ["intervene"]
+        assert env.step(AWAY).action.tolist() == [0, 0, 0, 0] and rig.teleop.driver == "page"
+
+
+def test_keys_pressed_before_the_place_is_told_do_not_say_that_the_object_is_there():
+    with open_rig(RigConfig(leader=None), 0) as rig:
+        wheel = Wheel(rig)
+        env = rig.make_env(EnvConfig(random_ee_reset=False), Preprocess(), RewardSpec(), 0)
+        told = []
+        rig.teleop.note = lambda kind, what: told.append((rig.clock.now(), what))
+        for wheel.keys, waits in ((["pause"], 45.0), (["success"], teleop.PLACE_S), ([], teleop.PLACE_S)):
+            hear, wheel.heard = wheel.hear, []
+
+            def place(cue, waits=waits, hear=hear):
+                hear(cue)
+                if cue.text.startswith("place the object") and waits > teleop.PLACE_S:
+                    servos_of(rig.arm).after(waits, lambda: wheel.keys.append("pause"))
+
+            wheel.hear = place
+            env.reset(place="there")
+            wheel.hear = hear
+            asked = next(at for at, what in told if "place the object there" in what)
+            assert rig.clock.now() - asked == pytest.approx(waits, abs=0.3) and not rig.teleop.paused
+            told.clear()
 
 
 def test_a_key_still_held_on_the_page_does_not_take_over_again_right_after_handing_back():

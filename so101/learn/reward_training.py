@@ -35,7 +35,7 @@ def split_episodes(success_per_episode: list[bool], held_out: float, seed: int) 
     """
     train: list[int] = []
     held: list[int] = []
-    for kind, name in ((True, "with a success"), (False, "without one")):
+    for kind, name in ((True, "with a success"), (False, "without a success")):
         episodes = [index for index, success in enumerate(success_per_episode) if success is kind]
         if len(episodes) < 2:
             raise DataError(

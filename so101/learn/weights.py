@@ -7,6 +7,7 @@ data_offsets}; then one buffer that the offsets cover without a gap or an overla
 import json
 import math
 import struct
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def load_strict(module: nn.Module, tensors: dict[str, torch.Tensor], where: str)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        said = " ".join(str(error).split())
+        said = textwrap.shorten(str(error), 400, placeholder=" ...")  # hundreds of names say no more
         raise DataError(f"{where}: does not fit; use the config it was trained with. {said}") from None
 
 

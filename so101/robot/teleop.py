@@ -74,6 +74,7 @@ PAUSED = Cue("pause", "paused after this episode: press p to go on", (440, 330, 
 GOES_ON = Cue("pause", "goes on", (440, 550))
 NOBODY_DRIVES = Cue("pause", "nobody drives: press d on the page, and it begins", (440, 440))
 LOST = Cue("pause", "the page was lost while it drove: the episode is dropped; press p to go on", (440, 330, 440))
+UNMANNED = Cue("pause", "nobody is at the wheel: the episode is dropped; press p to go on", (440, 330, 440))
 LET_GO = Cue("dropped", "the wheel was let go: the episode is dropped", (330, 262))
 DROPPED = Cue("dropped", "episode dropped: {}", (330, 262))
 STOPPED = Cue("fault", "the arm was stopped", (880, 220, 880, 220))
@@ -292,7 +293,6 @@ class Teleop:
         self._kept: frozenset[str] = frozenset()
         self._caught_up = False  # the leader has been where the follower is since the hand-back
         self._let_go = True  # nothing was held on the page at some time since the hand-back
-        self._at_wheel = False  # somebody was to drive from the page at the last look
         self._ticks_held = np.zeros(5, int)  # by joint, for how long it has been kept from following
         self._offset = np.zeros(3)
         self._openings: tuple[list[float], list[float]] = ([0.0, 1.0], [0.0, 1.0])  # leader's -> follower's
@@ -315,6 +315,8 @@ class Teleop:
         """
         self.recording = True
         self._drive(target, opening, gripper_reach)
+        if not self.driving:  # who was at the page's wheel has let go since: the first step drops the episode
+            self.driver = "page"
 
     def hand_back(self) -> None:
         """The policy drives from here; `follow` makes the leader track again."""
@@ -333,11 +335,12 @@ class Teleop:
         no longer.
         """
         if place is not None and not self.quits():
+            events = self._pressed()  # what was pressed before it is told where does not say that it is there
             until = np.inf if self.paused else clock.now() + PLACE_S
             self.paused = True
             self.hear(PLACE_AT.about(place))
             try:
-                return self.wait(clock, lambda: not self.paused or clock.now() >= until, look)
+                return self.wait(clock, lambda: not self.paused or clock.now() >= until, look, events)
             finally:
                 self.paused = False
         if not self.quits():
@@ -379,28 +382,32 @@ class Teleop:
         tick's reach stays as the distance that the next ticks close, so fast motion is not lost.
         """
         events = self._pressed()
+        if self.stranded:
+            return HumanInput(np.zeros(4), events)
         if self._lost():
             return HumanInput(np.zeros(4), events | {"redo"})
         hand = None if self.pendant is None else self.pendant.hand()
-        left, self._at_wheel = self._at_wheel and hand is None, hand is not None
+        left = self.driver == "page" and hand is None
         held = hand is not None and bool(hand.any())
         self._let_go = self._let_go or not held
         keyed = "intervene" in events and not self.recording
         moved = self._ticks_held.max() >= self.config.push_ticks or (held and self._let_go)
         if self.recording and self.leader and (self.driver == "page") != (hand is not None):
             self._drive(target, opening, gripper_reach)  # from the leader to the page, or back
-        elif self.recording and left and self.driver == "page":
+        elif self.recording and left:
             self.hear(LET_GO)
             return HumanInput(np.zeros(4), events | {"redo"})
-        elif self.driving and (keyed or (left and self.driver == "page")):
+        elif self.driving and (keyed or left):
             self.hand_back()
             self.hear(POLICY_DRIVES)
         elif not self.driving and (
             (moved and self.config.takeover != "key") or (keyed and self.config.takeover != "motion")
         ):
             self._drive(target, opening, gripper_reach)
-            if self.driving:
-                self.hear(YOU_DRIVE)
+            if not self.driving:  # who wants the policy to stop gets that; rows of nobody would teach to do nothing
+                self._strand(UNMANNED)
+                return HumanInput(np.zeros(4), events | {"redo"})
+            self.hear(YOU_DRIVE)
         if self.driver == "page":
             return HumanInput(np.zeros(4) if hand is None else hand, events)
         if self.leader is None or not self.driving:
@@ -415,18 +422,23 @@ class Teleop:
 
         The keys pressed meanwhile, with "redo" where it was lost.
         """
-        if self.driver != "page" or self.pendant is None or not self.pendant.silent():
+        pendant = self.pendant
+        if self.driver != "page" or pendant is None:
             return frozenset()
-        events = self.wait(clock, lambda: self.pendant is None or not self.pendant.silent(), look)
+        events = self.wait(clock, lambda: not pendant.silent(), look)
         return events | {"redo"} if self._lost() else events
 
     def _lost(self) -> bool:
-        """Whether who drove from the page is gone; then nothing moves until somebody presses p."""
+        """Whether who drove from the page is gone."""
         gone = self.pendant is not None and self.pendant.lost() and self.driver == "page"
         if gone:
-            self.paused, self.stranded, self._at_wheel = True, True, False
-            self.hear(LOST)
+            self._strand(LOST)
         return gone
+
+    def _strand(self, why: Cue) -> None:
+        """Nothing moves from here on until somebody presses p."""
+        self.paused = self.stranded = True
+        self.hear(why)
 
     def follow(self, position: np.ndarray) -> None:
         """While the policy drives, make the leader track the follower's position (6,), and feel for a hand on it.
@@ -451,7 +463,7 @@ class Teleop:
 
     def keep(self, events: frozenset[str]) -> None:
         """Keys of a reset that came to nothing: the next look finds them again."""
-        self._kept = events
+        self._kept |= events
 
     def hear(self, cue: Cue) -> None:
         """Tell the person one of the cues."""
@@ -476,8 +488,8 @@ class Teleop:
             tell(f"releasing the leader: {error}")
 
     def _drive(self, target: np.ndarray, opening: float, gripper_reach: tuple[float, float]) -> None:
-        """From here on the leader drives; or the page, where there is somebody to, or nothing else to drive with."""
-        if self.pendant is not None and (self.leader is None or self.pendant.hand() is not None):
+        """From here on the page drives where somebody is at its wheel, else the leader; where there is none, nobody."""
+        if self.pendant is not None and self.pendant.hand() is not None:
             self.driver = "page"
             return
         if self.leader is None:

@@ -438,7 +438,7 @@ async function press(event) {
   const button = $(`press-${event}`);
   button?.classList.add("pressed");
   setTimeout(() => button?.classList.remove("pressed"), 300);
-  if (event === "intervene" && state.driver === "policy" && !state.leader) drive(true); // with what else?
+  if (event === "intervene" && state.driver === "policy" && !state.leader) await drive(true); // with what else?
   try {
     await post("api/press", { event });
   } catch (error) {
@@ -446,13 +446,13 @@ async function press(event) {
   }
 }
 
-function drive(on) {
+async function drive(on) {
   if (wheel === on || over) return;
   letGo();
   wheel = on;
   $("wheel").setAttribute("aria-pressed", on);
   $("wheel-label").textContent = on ? "let go of the wheel" : "drive from here";
-  if (on) beat();
+  if (on) await beat();
   else post("api/hand", { who: me, number: ++beats, hand: null }).catch(() => {});
 }
 
