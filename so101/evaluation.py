@@ -102,6 +102,11 @@ class Result:
     probability: list[float] = option(help="the classifier's, of each frame")
     vetoed: int = option(0, "frames above the classifier's threshold that its state guard refused")
 
+    def __post_init__(self) -> None:
+        for name in ("tool", "object"):
+            if len(there := getattr(self, name)) != 3:
+                raise ConfigError(f"{name}: got {there}, must be three numbers")
+
     def settle(self) -> None:
         """Say who is right."""
         said = [verdict for verdict in (self.world, self.person) if verdict is not None]
@@ -183,6 +188,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         if "A" not in self.policies:
             raise ConfigError(f"policies: got {', '.join(self.policies) or 'none'}, the first is called A")
+        turns = [(policy, start.number) for policy, start in self.turns()]
+        if strange := [one for one in self.episodes if (one.policy, one.start) not in turns]:
+            raise ConfigError(f"episodes: has policy {strange[0].policy} start {strange[0].start}, none of its turns")
         self._conclude()
 
     @classmethod

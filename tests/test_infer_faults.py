@@ -156,6 +156,10 @@ def stored(folder, seed=1):
         (lambda text: re.sub(r'"policies": \{.*?\}\s+\},', '"policies": {},', text, count=1, flags=re.S),
          "001/eval.json: policies: got none, the first is called A"),
         (lambda text: text.replace('"start": 2', '"start": "two"'), "001/eval.json: episodes"),
+        (lambda text: re.sub(r'"policy": "A",\s+"start": 2', '"policy": "A", "start": 7', text),
+         "001/eval.json: episodes: has policy A start 7, none of its turns"),
+        (lambda text: re.sub(r'("ended".*?)?"object": \[[^]]*\],(\s+"steps")', r'"object": [],\2', text, count=1),
+         "object: got [], must be three numbers"),
         # what follows from the episodes is worked out, not believed
         (lambda text: re.sub(r'"summary": .*', '"summary": {}}', text, flags=re.S), "both succeed on 1"),
         (lambda text: text.replace('"interval"', '"interwal"').replace('"complete": true', '"complete": false'),
