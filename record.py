@@ -29,7 +29,7 @@ from so101.errors import ConfigError, DataError, EpisodeAborted
 from so101.reports.dataset import write_dataset_report
 from so101.rig import RigConfig, describe_task, open_rig
 from so101.robot.sound import Cue
-from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE, RECORDING
+from so101.robot.teleop import DEMONSTRATE, DEMONSTRATE_FAILURE, NOTHING_HELD, RECORDING
 from so101.runlog import Progress
 from so101.schema import ACTION, Preprocess, RewardSpec
 from so101.tools.lint import ROBOT, shortened
@@ -223,15 +223,16 @@ def record_episode(
     actions = []
     while True:
         step = env.step(np.zeros(len(ACTION)))
-        if "redo" in step.events or "quit" in step.events:
+        quits = "quit" in step.events
+        if "redo" in step.events or (quits and success_from is None):
             writer.discard_episode()
-            return None, False, "quit" in step.events
+            return None, False, quits
         if "success" in step.events and success_from is None:
             success_from = steps  # the observation that the person saw when pressing the key
         steps += 1
         actions.append(step.action)
         after = None if success_from is None else steps - success_from
-        ended = "end" in step.events or (after is not None and after == config.steps_after_success)
+        ended = quits or "end" in step.events or (after is not None and after == config.steps_after_success)
         writer.add(
             observation.state, step.action, observation.frames,
             done=step.terminated, truncated=step.truncated or (ended and not step.terminated),
@@ -242,9 +243,13 @@ def record_episode(
         if ended or step.terminated or step.truncated:
             break
     if unmoved(np.array(actions)):
+        if env.teleop.driver == "page":  # who looks away comes back; a leader that says nothing may be broken
+            writer.discard_episode()
+            env.teleop.pause(NOTHING_HELD)
+            return None, False, quits
         raise EpisodeAborted(
-            f"its {steps} actions never move the tool; move the leader or hold the page's keys; if you did, see with "
-            f"`python -m so101.tools.teleoperate` whether the leader answers"
+            f"its {steps} actions never move the tool; move the leader, and if you did, see with "
+            f"`python -m so101.tools.teleoperate` whether it answers"
         )
     if "failure" in step.events:
         success_from = None  # the last word
@@ -253,8 +258,8 @@ def record_episode(
     rewards = np.arange(1, steps + 1) >= (steps + 1 if success_from is None else success_from)
     writer.save_episode(observation.state, observation.frames, observation.time - started, rewards=rewards)
     if success_from is not None:
-        return EpisodeLabel(success_start=success_from), True, False
-    return (EpisodeLabel(all_fail=True) if "failure" in step.events else None), True, False
+        return EpisodeLabel(success_start=success_from), True, quits
+    return (EpisodeLabel(all_fail=True) if "failure" in step.events else None), True, quits
 
 
 def see(pictures: dict[str, Pictures], observation: Observation) -> None:

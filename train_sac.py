@@ -202,7 +202,9 @@ def train(config: Config, known: list[tuple[Episode, np.ndarray]], eyes: Eyes, p
         actor.log.event("started", steps=actor.steps, updates=link.status.updates, mode=config.mode, role=config.role)
         stack.callback(lambda: actor.log.event("ended", steps=actor.steps, updates=link.status.updates))
         if actor.steps:
-            print(f"{folder}: goes on from step {actor.steps}, update {link.status.updates}")
+            due = int(actor.steps * config.sac.utd_ratio) - link.status.updates
+            missing = f"; {due} updates to make up for first" if learning and due > 0 else ""
+            print(f"{folder}: goes on from step {actor.steps}, update {link.status.updates}{missing}", flush=True)
         seed = config.seed + 1 + actor.steps  # a resumed run draws fresh scenes
         rig = stack.enter_context(open_rig(config.rig, seed, page, folder))
         env = rig.make_env(config.env, config.preprocess, config.reward, seed, eyes)
@@ -279,8 +281,9 @@ def run_learner(config: Config, learner: Learner, link: Link | LearnerEnd) -> It
                 link.send_back(name, f"link: episode {learner.known(name)} of actor {name!r} is missing")
             link.report(learner.status())
         made = 0
-        # In one process a real arm's next tick does not wait for updates: they are made up for after the episode.
-        if learner.steps >= config.learning_starts and (parallel or config.rig.simulated or not learner.acting):
+        # In one process the next tick of an arm in real time waits for no update: they come after the episode.
+        hurries = config.rig.simulated and config.rig.pace is None
+        if learner.steps >= config.learning_starts and (parallel or hurries or not learner.acting):
             if groups is not None:  # on a card, as many as one graph holds at a time
                 made = int(learner.steps * config.sac.utd_ratio - learner.updates) // config.sac.actor_every
                 made = min(made, AT_ONCE) if parallel else made

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +29,13 @@ import train_sac
 from so101.config import save
 from so101.data.dataset import open_dataset
 from so101.data.labels import load_labels
+from so101.data.writer import DatasetWriter
 from so101.env import Env, EnvConfig
 from so101.errors import ConfigError, EpisodeAborted
 from so101.learn.reward import RewardConfig
 from so101.learn.sac import SacConfig
-from so101.rig import Rig, RigConfig, open_rig
-from so101.robot.teleop import DROPPED, LOST
+from so101.rig import Rig, RigConfig, describe_task, open_rig
+from so101.robot.teleop import DROPPED, LOST, NOTHING_HELD
 from so101.runlog import RunLog, read_metrics
 from so101.schema import OPENING, TOOL_XYZ, Preprocess, RewardSpec
 from so101.web import live_page as live
@@ -313,6 +314,29 @@ def test_a_page_lost_just_before_the_end_of_its_episode_costs_it_and_a_short_sta
             assert step.truncated and step.events == events and rig.teleop.paused == bool(events)
         assert "time out" in (told := [words for _, _, words in page._told]) and told.count("time out") == 1
         assert told[-1] == LOST.text
+
+
+def test_who_drives_from_the_page_and_holds_nothing_is_waited_for(
+    page: LivePage, client: Client, tmp_path: Path
+) -> None:
+    """Three such episodes in a row end a recording with a leader, which may be broken."""
+    with driven(page, control_time_s=0.5) as (env, rig):
+        writer = DatasetWriter(
+            tmp_path / "demos", fps=10, cameras={"wrist": (480, 640)}, task="lift",
+            schema=describe_task(RigConfig(), env.config, Preprocess()), codec="h264", may_wait=True,
+        )  # fmt: skip
+        with closing(writer):
+            for number in range(4):
+                beats = Beats(client, [0, 0, 0, 0])
+                if number:  # it waits
+                    servos_of(rig.arm).after(5.0, lambda: page._pressed.append("pause"))
+                observation, _ = env.reset(person_drives=True)
+                took = record.record_episode(env, writer, record.Config(), observation, {"wrist": record.Pictures()})
+                beats.stop()
+                page._wheel, page._heard = None, ("", -1)
+                assert took == (None, False, False) and rig.teleop.paused
+        assert not (tmp_path / "demos" / "data").exists() or not open_dataset(tmp_path / "demos").episodes
+    assert [words for _, _, words in page._told].count(NOTHING_HELD.text) == 4
 
 
 def test_a_recording_that_ends_itself_asks_who_is_there_before_the_arm_moves(page: LivePage, client: Client) -> None:

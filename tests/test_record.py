@@ -196,7 +196,7 @@ def test_a_camera_lost_for_good_ends_it_after_three_takes_with_what_was_finished
 
 def test_a_take_in_which_nobody_moves_the_leader_is_refused(recording, tmp_path):
     """Row 9: all actions of all demonstrations were zero, and nothing said so."""
-    with pytest.raises(EpisodeAborted, match="its 12 actions never move the tool; move the leader or"):
+    with pytest.raises(EpisodeAborted, match="its 12 actions never move the tool; move the leader, and"):
         recording(moves=False, episodes=2)
     assert recording.person.take == 3 and not open_dataset(tmp_path / "demos").episodes
 
@@ -217,3 +217,12 @@ def test_actions_differ_and_the_writer_stops_before_the_reset(recording):
         assert np.ptp(columns["action"], axis=0)[:3].min() > 0.2
         speed = np.abs(np.diff(columns["observation.state"][:, 12:15], axis=0)).max()
         assert speed < 0.035  # m a tick; the reset's easing alone is faster
+
+
+def test_who_says_success_and_then_quits_keeps_the_episode(recording):
+    """The rows after success are for the classifier's sake: without them it is a success all the same."""
+    folder = recording({(1, 8): "success", (1, 9): "quit"}, episodes=3, steps_after_success=12)
+    (only,) = open_dataset(folder).episodes
+    label = labels_of(folder)[0]
+    assert label.success_start is not None and label.success_start < only.length
+    assert only.columns()["next.reward"][-1] == 1 and recording.person.take == 1

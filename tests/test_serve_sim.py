@@ -25,6 +25,7 @@ from so101.robot.arm import Arm
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.camera import Camera
 from so101.robot.kinematics import URDF_LIMITS, jaw_angle
+from so101.robot.ports import holders
 from so101.schema import Preprocess, RewardSpec
 from so101.sim.camera import SimCamera
 from so101.sim.servos import SIM_CALIBRATION, SimServos
@@ -112,9 +113,12 @@ def test_an_arm_behind_a_real_serial_port(server: "subprocess.Popen[str]", stop:
 
 
 def test_the_port_s_loss_is_a_servo_error(server: "subprocess.Popen[str]") -> None:
-    with serial.Serial(port_of(server), 1_000_000, timeout=0.05) as port:
+    path = port_of(server)
+    with serial.Serial(path, 1_000_000, timeout=0.05) as port:
         bus = ServoBus(port)
         assert bus.ping(1) == 777
+        # who has the port is told to be ended: that is this program, and not the arm itself
+        assert list(holders(path)) == [os.getpid()] or not Path("/proc").exists()
         server.kill()
         server.wait(5)
         with pytest.raises(ServoError, match="the port failed"):

@@ -146,14 +146,15 @@ def permission_advice(device: str) -> str:
 def holders(device: str) -> dict[int, str]:
     """The programs that have `device` open, by process, as `'python record.py' (pid 12)`.
 
-    Only Linux tells, and not of other users'.
+    Only Linux tells, and not of other users'. A simulated arm is behind its port, and does not use it.
     """
     target, found = os.path.realpath(device), set()
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         with suppress(OSError):  # the program ends as we look, or is another user's
             if os.readlink(link) == target:
                 found.add(int(link.split("/")[2]))
-    return {pid: _program(pid) for pid in sorted(found)}
+    programs = {pid: _program(pid) for pid in sorted(found)}
+    return {pid: program for pid, program in programs.items() if "so101.tools.serve_sim" not in program}
 
 
 def _program(pid: int) -> str:

@@ -77,6 +77,7 @@ LOST = Cue("pause", "the page was lost while it drove: the episode is dropped; p
 UNMANNED = Cue("pause", "nobody is at the wheel: the episode is dropped; press p to go on", (440, 330, 440))
 LET_GO = Cue("dropped", "the wheel was let go: the episode is dropped", (330, 262))
 DROPPED = Cue("dropped", "episode dropped: {}", (330, 262))
+NOTHING_HELD = Cue("pause", "episode dropped: nothing was held in it; press p to go on", (440, 330, 440))
 STOPPED = Cue("fault", "the arm was stopped", (880, 220, 880, 220))
 
 
@@ -437,7 +438,12 @@ class Teleop:
 
     def _strand(self, why: Cue) -> None:
         """Nothing moves from here on until somebody presses p."""
-        self.paused = self.stranded = True
+        self.stranded = True
+        self.pause(why)
+
+    def pause(self, why: Cue) -> None:
+        """As the key does, for a reason."""
+        self.paused = True
         self.hear(why)
 
     def follow(self, position: np.ndarray) -> None:

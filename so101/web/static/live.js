@@ -236,7 +236,8 @@ function showDriver() {
   $("press-pause").lastChild.textContent = state.paused ? "go on" : "pause";
   const now = wheel ? hand() : null;
   $("held").textContent = !wheel ? "" : late ? `the line is ${fixed(late, 1)} s behind: the arm holds` : now.some(Boolean) ? said(now)
-    : state.driver === "policy" && !between && !state.recording ? "hold a key to step in" : "nothing held";
+    : state.driver === "policy" && !between && !state.recording ? "hold a key to step in"
+      : `nothing held${state.driver === "page" && !alone ? ": i hands back" : ""}`;
 }
 
 function said([x, y, z, gripper]) {
