@@ -109,7 +109,7 @@ class Config:
     evaluate_every: int = option(
         0, "environment steps between evaluations of a checkpoint, without exploring; the best is kept by name; 0: none"
     )
-    evaluate_episodes: int = option(10, "episodes of such an evaluation")
+    evaluate_episodes: int = option(10, "episodes of each such evaluation on the way")
     evaluation_episodes: int = option(50, "episodes of the evaluation at the end; 0: none")
     resume: bool = option(False, "go on with a run that is there, from its last checkpoint and its episodes")
     changed: bool = option(False, "a resume with another config is meant; the differences are printed either way")

@@ -37,6 +37,7 @@ from so101.reports.dataset import STRIPS, write_dataset_report
 from so101.reports.head import Run, changes, commit, head, runs_before
 from so101.reports.reward import compared, doubts, trained, write_reward_report
 from so101.reports.run import figures, write_run_report
+from so101.rig import RigConfig
 from so101.runlog import RunLog
 from so101.schema import ACTION, STATE, TOOL_XYZ, Preprocess, describe
 from so101.starts import Start
@@ -276,6 +277,14 @@ def test_settings_added_or_taken_away_since_are_shown_as_such() -> None:
     cells = Page(f"<h2>{heading}</h2>{said}").cells(heading)
     assert cells["b.c"] == ["(no such setting)", "[1, 2]"] and cells["d"] == ["null", "(no such setting)"]
     assert cells["f"] == ["-", "0.5"] and "a" not in cells and "output" not in cells
+
+
+def test_a_part_that_was_set_to_null_is_no_default() -> None:
+    config = record.Config(page=True, rig=RigConfig(operator=None, leader=None))
+    heading, said = head("record.py", time.time(), config, {})
+    cells = Page(f"<h2>{heading}</h2>{said}").cells(heading)
+    assert cells["rig.operator"] == cells["rig.leader"] == ["null", "not null"]
+    assert cells["rig.pace"] == ["1.0", "null"]  # which follows from it: a person is not faster
 
 
 def test_the_head_says_what_was_run_and_which_settings_are_not_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,11 @@ def head(script: str, began: float, config: Any, more: Mapping[str, Any] | None 
         "machine": f"{os.cpu_count()} CPU threads ({platform.machine()}, {platform.system()}), "
         f"device {now.get('device', 'cpu')}",
     }
-    other = [[key, _plain(value), _plain(usual.get(key))] for key, value in now.items() if value != usual.get(key)]
+    other = [  # a part that was set to null has no keys in `now` where the default has several
+        [key, _plain(value), _plain(usual[key]) if key in usual else "not null"]
+        for key, value in now.items()
+        if key not in usual or value != usual[key]
+    ]
     said = html_table(["setting", "value", "default"], other) if other else "<p>Every setting is at its default.</p>"
     whole = escape(json.dumps(to_dict(config), indent=2))
     return "What was run", (

@@ -309,7 +309,7 @@ def check_dataset(folder: str) -> Iterator[Check]:
     except UserError as error:
         yield Check("bad", "dataset", str(error), "give the folder that holds meta/info.json", error.exit_code)
         return
-    frames = sum(episode.length for episode in dataset.episodes)
+    frames = sum(dataset.observations)
     yield Check("good", "dataset", f"{folder}: {len(dataset.episodes)} episodes, {frames} frames at {dataset.fps} fps")
     for note in dataset.notes:
         yield Check("warning", "dataset", note, "nothing: the rows are believed")

@@ -307,7 +307,8 @@ function nextUnlabelled(way) {
 }
 
 function nextDifference() {
-  if (!differences.length) return say(about.threshold === null ? "No classifier was given." : "Nothing differs.");
+  if (!differences.length) return say(about.threshold === null ? "No classifier was given."
+    : $("work-count").textContent ? "Nothing differs so far; the classifier is still looking." : "Nothing differs.");
   const same = visited && differences.findIndex((one) => one.key === visited.key);
   const place = visited === null ? 0 : same >= 0 ? same + 1 : visited.place; // one that was mended has left the list
   visitDifference(place % differences.length);
