@@ -3,8 +3,10 @@
 import base64
 import http.client
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -24,7 +26,8 @@ class Chromium:
 
     def __init__(self, *more: str, width: int = 1440, height: int = 900) -> None:
         """`more` are command line arguments of Chromium's."""
-        self._process = subprocess.Popen([str(DRIVER), "--port=0"], stdout=subprocess.PIPE, text=True)
+        command = [str(DRIVER), "--port=0"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         assert self._process.stdout is not None
         found = None
         while found is None:
@@ -34,7 +37,8 @@ class Chromium:
         arguments += more
         options = {"args": arguments, "binary": BROWSER}
         self._session = ""
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        # "none": `open` waits itself. One load in 40 chromedriver 150 waits for ever for a page that is there.
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "pageLoadStrategy": "none"}
         try:
             made = self._ask("POST", "session", capabilities={"alwaysMatch": wanted})
         except BaseException:
@@ -53,7 +57,7 @@ class Chromium:
 
     def _stop(self) -> None:
         self._http.close()
-        self._process.terminate()
+        os.killpg(self._process.pid, signal.SIGKILL)  # with the browser, which outlives a driver that hangs
         self._process.communicate()
 
     def _ask(self, method: str, path: str, **body: Any) -> Any:
@@ -65,8 +69,12 @@ class Chromium:
         return value
 
     def open(self, address: str) -> None:
-        """Load a page."""
+        """Load a page, and wait until it is loaded; the page that is shown already is loaded again."""
+        self.run("window.left = true")
         self._ask("POST", "url", url=address)
+        if self.run("return window.left && location.href == arguments[0]", address):  # only another #place
+            self._ask("POST", "refresh")
+        self.wait("return !window.left && document.readyState == 'complete'")
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The value that a script returns, awaited where it is a promise."""

@@ -37,10 +37,8 @@ class Page:
         assert self.process.stdout is not None
         self.address = next(line.strip() for line in self.process.stdout if line.startswith("http"))
         self.browser.errors()
-        self.load()
 
     def load(self, place: str = "") -> None:
-        self.browser.open("about:blank")
         self.browser.open(self.address + place)
         self.browser.wait("return document.body.dataset.shown || document.querySelector('#said').textContent")
 
@@ -102,6 +100,7 @@ def serve(browser: Chromium) -> Iterator[Callable[..., Page]]:
 
     def start(*words: object) -> Page:
         pages.append(Page(browser, *map(str, words)))
+        pages[-1].load()
         return pages[-1]
 
     yield start

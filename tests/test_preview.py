@@ -449,7 +449,6 @@ def test_the_page_goes_through_a_dataset_moves_the_threshold_and_marks(
     browser.wait("return document.getElementById('count').textContent === '1 frame marked'")
     assert stored(tmp_path / "queue")["1"] == {"all_fail": True, "skip": True}
     browser.open(program.address + "#3/9")  # another place, and the marks are still known
-    browser.run("location.reload()")
     browser.wait("return document.getElementById('where')?.textContent.startsWith('episode 3, frame 9 ')")
     assert browser.text("#count") == "1 frame marked" and browser.errors() == []
     browser.press("Home", " ")
