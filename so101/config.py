@@ -27,6 +27,7 @@ from so101.signals import take_signals
 T = TypeVar("T")
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 HELP_COLUMNS = 100
+DEFAULTS = "defaults"  # where a value comes from that nobody set
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", positional: bool = False) -> Any:
@@ -139,7 +140,7 @@ def _positional(cls: Any, words: list[str]) -> list[Any]:
 class _Section(dict[str, Any]):
     """The values of a dataclass that is still being put together, and the file that last set one."""
 
-    def __init__(self, cls: Any, values: dict[str, Any], file: str = "defaults") -> None:
+    def __init__(self, cls: Any, values: dict[str, Any], file: str = DEFAULTS) -> None:
         super().__init__(values)
         self.cls, self.file = cls, file
 
@@ -201,7 +202,8 @@ def _close(value: Any, key: str) -> Any:
         return closed
     for field in dataclasses.fields(value.cls):
         if _required(field) and field.name not in value:
-            raise ConfigError(f"{value.file}: {dot}{field.name} is missing: {field.metadata.get('help')}")
+            where = "command line" if value.file == DEFAULTS else value.file
+            raise ConfigError(f"{where}: {dot}{field.name} is missing: {field.metadata.get('help')}")
     try:
         return value.cls(**closed)
     except ConfigError as error:

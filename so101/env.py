@@ -198,9 +198,8 @@ class Env:
         """Lift, go to the start pose, wait while the object is placed; return the first observation.
 
         `start` (3,) m is that pose; None: home, with its random offset. `place` says in words where the object has to
-        be, if that matters. The second value holds the keys pressed
-        meanwhile: a verdict there corrects the episode just ended. The key to quit ends the reset where it is; what is
-        observed there begins no episode.
+        be, if that matters. The second value holds the keys pressed meanwhile: a verdict there corrects the episode
+        just ended. The key to quit ends the reset where it is; what is observed there begins no episode.
         """
         self.teleop.keep(self.teleop.still_there(self.clock, self._read))  # record.py ends episodes by itself, too
         if self.teleop.stranded:  # who drove is gone: nothing moves by itself until somebody is there

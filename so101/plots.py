@@ -82,7 +82,7 @@ def curve(
     `x_range` is the x axis; None: as far as there are points.
     """
     lines = {name: _finite(xs, ys) for name, (xs, ys) in series.items()}
-    legend, top = _legend(list(lines), width - RIGHT, colours)
+    legend, top = _legend(list(lines), width - RIGHT, colours, joined)
     xs = np.concatenate([np.zeros(0), *(x for x, _ in lines.values())])
     ys = np.concatenate([np.zeros(0), *(y for _, y in lines.values())])
     parts = [
@@ -134,7 +134,7 @@ def _spread(values: np.ndarray) -> tuple[float, float]:
     return (low - 0.5 * abs(low), high + 0.5 * abs(high)) if low else (0.0, 1.0)
 
 
-def _legend(names: list[str], right: int, colours: Sequence[str]) -> tuple[str, int]:
+def _legend(names: list[str], right: int, colours: Sequence[str], joined: bool) -> tuple[str, int]:
     """Coloured names in rows under the title, and the height in px at which the plot may begin."""
     parts, x, y = [], LEFT, 40
     for index, name in enumerate(names):
@@ -142,7 +142,11 @@ def _legend(names: list[str], right: int, colours: Sequence[str]) -> tuple[str, 
         if x > LEFT and x + width > right:
             x, y = LEFT, y + 18
         colour = colours[index % len(colours)]
-        parts.append(f'<path d="M{x} {y - 4}h16" stroke="{colour}" stroke-width="2.5"/>')
+        line = "h16" if joined else "m8 0h0"  # a round dot is a line without length
+        parts.append(
+            f'<path d="M{x} {y - 4}{line}" stroke="{colour}" stroke-width="{2.5 if joined else 7}" '
+            'stroke-linecap="round"/>'
+        )
         parts.append(_text(x + 21, y, "start", name))
         x += width + 8
     return "\n".join(parts), y + 14

@@ -148,8 +148,8 @@ def describe_task(rig: RigConfig, env: EnvConfig, preprocess: Preprocess) -> dic
 class Page(Pendant, Screen, ProgressScreen, Protocol):
     """The page in a browser: it shows, and a person acts from there."""
 
-    def connect(self, cameras: Mapping[str, AnyCamera]) -> None:
-        """Show the newest frames of real cameras too, between the ticks."""
+    def connect(self, cameras: Mapping[str, AnyCamera], teleop: Teleop | None = None) -> None:
+        """Show the newest frames of real cameras too, between the ticks, and a pause before the first of them."""
 
 
 class _Alone(TerminalKeys):
@@ -286,10 +286,10 @@ def _real(config: RigConfig, stack: ExitStack, page: Page | None) -> Rig:
     for name, camera in config.cameras.items():
         cameras[name] = Camera(name, camera, clock)
         stack.callback(cameras[name].close)
-    if page is not None:
-        page.connect(cameras)
-        stack.callback(page.connect, {})
     teleop = Teleop(leader, TerminalKeys(Sound(config.teleop.sounds)), config.teleop, page)
+    if page is not None:
+        page.connect(cameras, teleop)
+        stack.callback(page.connect, {})
     return Rig(clock, arm, cameras, teleop, None, config.safety, page)
 
 

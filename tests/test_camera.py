@@ -480,7 +480,7 @@ def test_the_tool_shows_the_crop_and_what_the_network_sees(tmp_path):
     words = [f"source={source}", "width=64", "height=48", "preprocess.crop=[8,24,32,32]", "preprocess.image_size=32"]
     made = run_tool(tmp_path, *words, "image=look.png", "seconds=0.5")
     assert made.returncode == 0, made.stderr
-    assert re.search(r"^64x48, \d+\.\d frames/s of 30 asked for \(MJPG, 30/s by its driver\)$", made.stdout, re.M)
+    assert re.search(r"^64x48, \d+\.\d frames/s, asked for 30 \(MJPG, 30/s by its driver\)$", made.stdout, re.M)
     assert re.search(r"a control loop finds a frame \d+ ms old, \d+ ms at most", made.stdout)
     picture = cv2.imread(str(tmp_path / "look.png"))
     assert picture.shape == (48, 64 + 48, 3)

@@ -35,7 +35,7 @@ from so101.errors import ConfigError, EpisodeAborted
 from so101.learn.reward import RewardConfig
 from so101.learn.sac import SacConfig
 from so101.rig import Rig, RigConfig, describe_task, open_rig
-from so101.robot.teleop import DROPPED, LOST, NOTHING_HELD
+from so101.robot.teleop import DROPPED, LOST, NOTHING_HELD, Teleop, TeleopConfig, TerminalKeys
 from so101.runlog import RunLog, read_metrics
 from so101.schema import OPENING, TOOL_XYZ, Preprocess, RewardSpec
 from so101.web import live_page as live
@@ -162,6 +162,15 @@ def test_the_page_shows_what_the_control_step_saw(page: LivePage, client: Client
         after = watching.state(lambda state: state["ticks"])
         assert after["ticks"] == ["b"] and after["told"] == [] and after["probability"] is None
         watching.close()
+
+
+def test_a_pause_before_the_first_frame_is_shown_as_one(page: LivePage, client: Client) -> None:
+    """On a real arm an evaluation waits there until the object is placed: p does not pause then, it goes on."""
+    teleop = Teleop(None, TerminalKeys(), TeleopConfig(), page)
+    page.connect({}, teleop)
+    assert not Watching(client).state()["paused"]
+    teleop.paused = True
+    assert Watching(client).state()["paused"]
 
 
 def test_no_tick_and_no_line_is_lost_between_two_parts_and_who_comes_later_gets_the_last_minute(

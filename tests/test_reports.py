@@ -418,6 +418,15 @@ def test_the_report_of_a_run_tells_its_events_in_words_with_their_steps(run: Pat
     assert HOSTILE in page.words["Last evaluation: 001"]
 
 
+def test_a_damaged_evaluation_is_told_and_costs_the_report_nothing_else(run: Path) -> None:
+    damaged = run / "evaluations" / "001" / "eval.json"
+    damaged.write_text(damaged.read_text()[:-100])
+    write_run_report(run, configs.load(train_sac.Config, run / "config.json"))
+    page = read(run / "report.html")
+    assert f"{damaged}: " in page.words["Last evaluation: 001"]
+    assert page.cells("How it went")["updates"] == "203" and "evaluation" not in page.cells("How it went")
+
+
 def test_online_episodes_are_shown_with_who_drove_and_those_that_a_person_corrected(run: Path) -> None:
     """Of 10 frames, the rows 6 to 8 and so the last frame too are a person's; the classifier was wrong both ways."""
     rewrite(run / "episodes", 1, "next.reward", [0.0] * 8 + [1.0])

@@ -594,10 +594,17 @@ def test_goto_goes_there_and_says_where_it_is(
     measured = np.array([row[0] for row in numbers[:6]])
     assert said.err == "" and numbers[6] == pytest.approx(forward(measured)[0], abs=2e-3)
     if goal is not None:
-        assert [row[-1] for row in numbers[:6]] == pytest.approx(goal, abs=1e-3)
+        assert [float(said) for said in re.findall(r"goal (-?\d+\.\d+)", said.out)] == pytest.approx(goal, abs=1e-3)
         assert measured == pytest.approx(goal, abs=0.06)  # it sags
     if tool is not None:
         assert numbers[6] == pytest.approx(tool, abs=0.02)
+    off = int(re.search(r"(\d+) mm from its goal: up to 30 is the arm's own weight", said.out)[1])  # type: ignore[index]
+    if goal is not None:
+        assert off == pytest.approx(1000 * np.linalg.norm(forward(measured)[0] - forward(np.array(goal))[0]), abs=2)
+
+
+def test_goto_takes_no_more_than_its_weight_for_weight() -> None:
+    assert "doctor" not in goto.about(0.03) and "look for what blocks a joint" in goto.about(0.0301)
 
 
 def test_goto_refuses_a_pose_that_the_arm_has_not() -> None:

@@ -266,7 +266,8 @@ def test_what_cannot_be_set_up_is_said_before_any_cable_is_pulled(tmp_path) -> N
         result = subprocess.run(command, capture_output=True, text=True, timeout=20)
         return result.returncode, result.stderr
 
-    assert run() == (2, "defaults: port is missing: serial port of the arm; python -m so101.tools.ports lists them\n")
+    missing = "command line: port is missing: serial port of the arm; python -m so101.tools.ports lists them\n"
+    assert run() == (2, missing)
     code, error = run("port=x", "joint=elbow")
     assert (code, error.split(", must be one of")[0]) == (2, "command line: joint: got 'elbow'")
     code, error = run(f"port={tmp_path}/ttyACM0")

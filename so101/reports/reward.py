@@ -158,7 +158,7 @@ def outcome(report: Mapping[str, Any]) -> str:
     rows: list[list[Any]] = [[name, value] for name, value in figures(report).items()]
     if "threshold_range" in report:
         low, high = report["threshold_range"]
-        alone = "; on these the guard alone would do" if report["guard"] is not None and low == 0 else ""
+        alone = "; from 0 on, so the guard alone sorts these right" if report["guard"] is not None and low == 0 else ""
         rows.append(["threshold's rule", f"{report['threshold_rule']}, which is {low:.4g} to {high:.4g}{alone}"])
     if guard := report.get("guard"):
         for name, key in (("tool height, m", "height_m"), ("gripper's opening, 0 to 1", "opening")):

@@ -1,6 +1,7 @@
 """The report of a training run: how it went, what went wrong, curves, checkpoints, and some episodes in pictures."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from so101.config import flat, to_dict
 from so101.data.dataset import Dataset, Episode, open_dataset
 from so101.data.labels import Labels, load_labels
+from so101.errors import DataError
 from so101.evaluation import COLUMNS, Evaluation, newest
 from so101.monitor import LAST
 from so101.plots import HALF, WIDTH, curve, html_table, write_report
@@ -125,7 +127,8 @@ def figures(folder: Path) -> dict[str, Any]:
         "updates": updates_made(folder, last("updates")),
     }
     if (place := newest(folder)) is not None:
-        found |= evaluated(Evaluation.load(place))
+        with suppress(DataError):  # a damaged one is told below
+            found |= evaluated(Evaluation.load(place))
     parts = sessions(folder)
     if known := [part for part in parts if part is not None]:
         found["time"] = "at least " * (len(known) < len(parts)) + duration(sum(known))
@@ -239,7 +242,10 @@ def evaluation(folder: Path) -> list[Section]:
     place = newest(folder)
     if place is None:
         return []
-    done = Evaluation.load(place)
+    try:
+        done = Evaluation.load(place)
+    except DataError as problem:
+        return [(f"Last evaluation: {place.name}", f"<p>{escape(str(problem))}</p>")]
     tables = [
         f"<p>{escape(done.title(policy))}, {escape(done.headline)}</p>"
         + long_table(COLUMNS, done.rows(policy), "No episode was run.")

@@ -97,7 +97,7 @@ def measure(config: Config) -> np.ndarray:
             rate.wait()
             frame, taken = camera.latest()
             ages.append(1000 * (clock.now() - taken))
-        print(f"{config.width}x{config.height}, {camera.rate:.1f} frames/s of {config.fps} asked for ({camera.format})")
+        print(f"{config.width}x{config.height}, {camera.rate:.1f} frames/s, asked for {config.fps} ({camera.format})")
         print(
             f"a control loop finds a frame {np.median(ages):.0f} ms old, {max(ages):.0f} ms at most, counted from its "
             "arrival here; the way from the light to this machine comes on top of that"

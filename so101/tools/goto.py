@@ -21,6 +21,8 @@ from so101.robot.kinematics import TIP_BELOW_TOOL, forward
 from so101.robot.safety import EASE_PERIOD, Watchdog, ease_to, lift
 from so101.schema import JOINTS
 
+SAG = 0.03  # m; the reference gives 2.9 and 2.1 deg at shoulder and elbow, 4.5 at full reach: 1 to 3 cm
+
 
 @dataclass
 class Config:
@@ -63,9 +65,18 @@ def main(config: Config) -> None:
         for name, value, wanted in zip(JOINTS, position, goal, strict=True):
             unit = f"of its opening, goal {wanted:.3f}"
             if name != "gripper":
-                unit = f"rad, {np.rad2deg(value):7.1f} deg, goal {wanted:.3f}"
+                unit = f"rad, {np.rad2deg(value):7.1f} deg, goal {wanted:.3f} ({np.rad2deg(wanted - value):+.1f} deg)"
             print(f"{name:14} {value:7.3f} {unit}")
-        print("tool at x {:.3f}, y {:.3f}, z {:.3f} m".format(*tool))
+        off = float(np.linalg.norm(tool - forward(goal)[0]))
+        print("tool at x {:.3f}, y {:.3f}, z {:.3f} m, ".format(*tool) + about(off))
+
+
+def about(off: float) -> str:
+    """What to think of a tool that stays `off` m from its goal."""
+    said = f"{1000 * off:.0f} mm from its goal: up to {1000 * SAG:.0f} is the arm's own weight"
+    if off <= SAG:
+        return f"{said}, which its servos do not make up for"
+    return f"{said}; look for what blocks a joint, and run python -m so101.tools.doctor rig=..."
 
 
 def _require_above_table(start: np.ndarray, goal: np.ndarray, table_z: float) -> None:

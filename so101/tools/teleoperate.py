@@ -3,7 +3,9 @@
     python -m so101.tools.teleoperate                  the simulated arms and a scripted person
     python -m so101.tools.teleoperate rig=configs/rig.json seconds=300
 
-Shows where the tool is, and at the end how long the ticks took. q or Ctrl-C ends it and leaves the arm safe.
+Shows where the tool is, how far behind its target (lag; 5 to 30 mm, more where it moves fast, since servos without an
+integral part give way to the arm's weight), and at the end how long the ticks took. Nothing is recorded: of the keys r
+goes home, p waits there, q or Ctrl-C ends it and leaves the arm safe.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +26,7 @@ from so101.web.live_page import LivePage, live_page
 class Config:
     """Driving by hand."""
 
-    seconds: float = option(20.0, "for how long; q ends it earlier")
+    seconds: float = option(60.0, "for how long; q ends it earlier")
     seed: int = option(0, "seed of the simulated world and of the random start pose")
     page: bool = option(False, "show it live in the browser, on this machine alone, and act from there")
     page_port: int = option(0, "port of the page; 0: any that is free")

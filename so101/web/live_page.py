@@ -123,9 +123,10 @@ class LivePage:
 
     # What the control loop calls.
 
-    def connect(self, cameras: Mapping[str, Camera]) -> None:
-        """Show the newest frames of real cameras too, between the ticks."""
+    def connect(self, cameras: Mapping[str, Camera], teleop: Teleop | None = None) -> None:
+        """Show the newest frames of real cameras too, between the ticks, and a pause before the first of them."""
         self._cameras = cameras
+        self._teleop = teleop or self._teleop
 
     def show(self, env: Env, observation: Observation, step: Step | None) -> None:
         """What was just observed, and the step that led there; None at the start of an episode."""

@@ -7,7 +7,7 @@ const HEAD_BYTES = 6;
 const AGAIN_MS = 1000; // before the next try to reach a program that is gone
 const BEAT_MS = 100; // three of them are the program's heartbeat
 const SEEN_MS = 100; // between two words of how many pictures came
-const UNDERWAY = 4; // beats at most: on a line that stalls the old ones would come all at once when it goes on
+const UNDERWAY = 6; // beats at most, 0.6 s of line: with 4, a round trip of 0.3 s left gaps; without an end, old ones would come all at once
 const COMPLAINT_MS = 8000; // for so long it stands
 const CURVES_MS = 3000;
 const RESETS_S = 0.6; // without a tick so long it is between two episodes
@@ -225,7 +225,8 @@ function showDriver() {
   let kind = state.driver === "page" && mine ? "mine" : state.driver;
   if (state.driver === undefined) words = kind = "";
   else if (state.driver === "page" && !state.wheel) [words, kind] = ["nobody drives: the arm holds", "still"];
-  if (between && state.driver) [words, kind] = state.paused ? ["paused: press p to go on", "still"] : ["between episodes", ""];
+  const meanwhile = about.script === "train_sac" ? "between episodes: it resets and learns" : "between episodes";
+  if (between && state.driver) [words, kind] = state.paused ? ["paused: press p to go on", "still"] : [meanwhile, ""];
   else if (state.driver) words += `, ${Math.ceil(state.left)} s left${state.paused ? ", then pause" : ""}`;
   pill.textContent = words;
   pill.className = kind;
