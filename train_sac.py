@@ -294,11 +294,7 @@ def run_learner(config: Config, learner: Learner, link: Link | LearnerEnd) -> It
             while groups is None and learner.updates + 1 <= learner.steps * config.sac.utd_ratio and made < most:
                 learner.updates, made = learner.updates + 1, made + 1
                 batch = replay.sample(config.sac.batch_size).to(config.device)
-                metrics = sac.update_critic(batch)
-                if learner.updates % config.sac.actor_every == 0:
-                    metrics |= sac.update_actor(batch)
-                    metrics |= sac.update_temperature(metrics.pop("log_prob"))
-                sac.update_targets()
+                metrics = sac.update(batch, actor=learner.updates % config.sac.actor_every == 0)
                 if learner.updates % LOG_EVERY == 0:
                     learner.log_update({name: float(value) for name, value in metrics.items()})
             if not parallel or (made and time.monotonic() - published > PUBLISH_EVERY):

@@ -161,16 +161,10 @@ class UpdateGroups:
         return dict(zip(self._metrics, torch.stack(list(self._metrics.values())).tolist(), strict=True))
 
     def _group(self) -> dict[str, Tensor]:
-        """The updates of one group, in the order of train_sac.py."""
-        sac, metrics = self.sac, {}
-        for number in range(1, sac.config.actor_every + 1):
-            batch = self._sample()
-            metrics = sac.update_critic(batch)
-            if number == sac.config.actor_every:
-                metrics |= sac.update_actor(batch)
-                metrics |= sac.update_temperature(metrics.pop("log_prob"))
-            sac.update_targets()
-        return metrics
+        """The updates of one group; what the last of them measured."""
+        for _ in range(self.sac.config.actor_every - 1):
+            self.sac.update(self._sample(), actor=False)
+        return self.sac.update(self._sample(), actor=True)
 
     def _sample(self) -> Batch:
         if self.mirror is None:

@@ -129,6 +129,18 @@ class Sac(nn.Module):
         self.actor_optimizer = torch.optim.Adam(self._actor, config.lr, **options)
         self.temperature_optimizer = torch.optim.Adam([self.log_temperature], config.lr, **options)
 
+    def update(self, batch: Batch, actor: bool) -> dict[str, Tensor]:
+        """One update on a batch: critics and encoder, where `actor` policy and temperature too, then the slow copies.
+
+        Returns what each measured, scalars by name.
+        """
+        metrics = self.update_critic(batch)
+        if actor:
+            metrics |= self.update_actor(batch)
+            metrics |= self.update_temperature(metrics.pop("log_prob"))
+        self.update_targets()
+        return metrics
+
     def update_critic(self, batch: Batch) -> dict[str, Tensor]:
         """One step of critics and encoder towards the TD target: mean square over critics and batch.
 
