@@ -330,7 +330,7 @@ class Evaluation:
         return [
             [r.start, r.steps, f"{r.reward:.2f}", "SUCCESS" if r.success else "FAIL",
              _said(r.world), _said(r.classifier) + f" ({r.vetoed} vetoed)" * bool(r.vetoed), _said(r.person),
-             " ".join(f"{x:z.3f}" for x in r.tool)]
+             " ".join(f"{round(x, 3) + 0:.3f}" for x in r.tool)]  # + 0: no -0.000
             for r in self.of(policy)
         ]  # fmt: skip
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_dataset import file_size_limit
 
 import record
 from so101.data import edit as edit_module
@@ -403,19 +403,6 @@ def test_a_video_that_is_a_link_is_taken_itself(tmp_path: Path, version: str) ->
     edit.export(edit.Export(**vars(choice(tmp_path / "new", demos)), to=version, labels=False))  # type: ignore[arg-type]
     shutil.rmtree(store)
     assert len(list(open_dataset(tmp_path / "new").episodes[0].frames("wrist"))) == 2
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Files of this process cannot grow past `size`, as on a disk that fills up."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @posix

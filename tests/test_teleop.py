@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_env import STILL, an_env, servos_of, take_the_keys
+from test_env import STILL, Hand, an_env, servos_of, take_the_keys
 
 from so101.env import EnvConfig
 from so101.rig import RigConfig, open_rig
@@ -295,22 +295,13 @@ def test_a_leader_that_only_lags_never_takes_over(sag):
         assert farthest > 0.4  # it had lagged by more than a push
 
 
-class Wheel:
+class Wheel(Hand):
     """Somebody at the page: keys to press, what is held, and whether he is gone."""
 
     def __init__(self, rig):
-        self.keys, self.held, self.gone, self.heard = [], None, False, []
+        super().__init__(None)
+        self.held, self.gone = None, False
         rig.teleop.pendant = self
-
-    def poll(self):
-        pressed, self.keys = self.keys, []
-        return pressed
-
-    def quits(self):
-        return "quit" in self.keys
-
-    def hear(self, cue):
-        self.heard.append(cue)
 
     def hand(self):
         return self.held
