@@ -95,7 +95,7 @@ def as_number(cell: str | None) -> float:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return path.read_text(encoding="utf-8").replace("\0", " ") if path.exists() else ""  # csv of Python 3.10 takes no 0
 
 
 def _append(path: Path, line: str) -> None:

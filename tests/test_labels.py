@@ -390,6 +390,7 @@ def test_json_forms_with_each_habit() -> None:
         ('{"0": {"ranges": [[4, 20]]}}', "episode 0: success end 21 is past the last frame, 19"),
         ('{"0": null, "1": null}', "episode 1: the dataset has only 1"),
         ("episode, start\n0, 4", r"has the columns \['episode', 'start'\], must have"),
+        pytest.param("episode, success_start\n0, " + 131_073 * "4", "is no table of labels: field larger", id="field"),
         ("episode, success start\n0, 4\n0, 5", "line 3: episode 0 is labelled twice"),
         ("episode, success start\n0, 4, 9", "line 2: has 3 columns, must be 2"),
         ("episode, success start\n00, 4", "line 2: episode '00'"),

@@ -89,7 +89,10 @@ def import_labels(
             raise DataError(f"{where}: every is {every}; say multiplied too: whether its numbers are so already")
         entries, read = list(_json_entries(text, where)), _from_json
     elif re.match(r'\s*"?episode"?\s*,', text, re.IGNORECASE):
-        entries, read = list(_table_entries(text, where)), _from_row
+        try:
+            entries, read = list(_table_entries(text, where)), _from_row
+        except csv.Error as error:
+            raise DataError(f"{where}: is no table of labels: {error}") from error
     else:
         entries, read = list(_line_entries(text, where)), _from_words
     named = sorted({name or "(not named)" for _, name, _, _ in entries})

@@ -476,7 +476,8 @@ class Curves:
             whole = added[: added.rfind(b"\n") + 1]  # a row may be half written
             self._read_up_to += len(whole)
             names = header.decode(errors="replace").rstrip("\n").split(",")
-            for row in csv.DictReader(whole.decode(errors="replace").splitlines(), names):
+            lines = whole.decode(errors="replace").replace("\0", " ").splitlines()  # csv of Python 3.10 takes no 0
+            for row in csv.DictReader(lines, names):
                 for name in CURVES:
                     self._points[name].append((as_number(row.get("step")), as_number(row.get(name))))
         return {name: thinned for name, points in self._points.items() if (thinned := _thinned(points))}
