@@ -119,6 +119,8 @@ def main(config: Config, page: LivePage | None = None) -> None:
                 done.print()
                 join_clips(folder, [done.name(result) for result in done.episodes], done.complete)
                 write_evaluation_report(folder, run, began, config, drivers["A"].eyes.threshold)
+            else:
+                print("no episode was evaluated")
 
 
 def run_episodes(

@@ -128,7 +128,7 @@ def main(config: Config) -> None:
                 if dropped:  # what comes next may be another kind of episode
                     left_out += 1
                     continue
-                rig.teleop.hear(RECORDING.about(writer.episodes))
+                rig.teleop.hear(RECORDING.about(f"{writer.episodes}{', a failure' * failing}"))
                 pictures = {camera: Pictures() for camera in config.rig.cameras}
                 label, kept, quits = record_episode(env, writer, config, observation, pictures)
             except EpisodeAborted as error:
@@ -205,7 +205,7 @@ def judge_the_last(pressed: frozenset[str], folder: Path, last: int) -> bool:
     if "redo" in pressed:
         label = replace(label or EpisodeLabel(skip=True), skip=True)
     label_episode(folder, last, label)
-    print(f"episode {last}: {label}, in {labels_path(folder)}")
+    print(f"episode {last}: {'left out' if 'redo' in pressed else label}, in {labels_path(folder)}")
     return "redo" in pressed
 
 

@@ -177,11 +177,13 @@ def with_corrections(
     queued = load_labelled(queue, labels, Preprocess(**schema["image"]))
     held = {state.tobytes() for state in known.states[~training]}
     new = np.array([state.tobytes() not in held for state in queued.states])
+    marks = len(np.unique(queued.episode_ids))
     queued = Labelled(*(values[new] for values in queued))
+    taken = len(np.unique(queued.episode_ids))
     queued = queued._replace(episode_ids=queued.episode_ids + known.episode_ids.max() + 1)
     print(
-        f"{folder}: {len(queued.success)} corrected frames, {queued.success.sum()} of them success; "
-        f"{(~new).sum()} of held-out episodes are left out"
+        f"{folder}: {taken} of {marks} marks are taken along ({len(queued.success)} frames, {queued.success.sum()} of "
+        f"them success); {marks - taken} are of held-out episodes, which judge and must not teach"
     )
     about = {
         "dataset": str(folder),

@@ -41,15 +41,20 @@ def check_run(folder: Path, config: Any) -> None:
     if before["reward_model"] != now["reward_model"]:
         raise ConfigError(
             f"reward_model: {folder} keeps the classifier that it began with, {before['reward_model']}, not "
-            f"{now['reward_model']}; what was learned from one is nothing to go on from with another: begin a new run"
+            f"{now['reward_model']}; what was learned from one is nothing to go on from with another. Begin a new run, "
+            f"or keep it: {resume_command(folder)}"
         )
     print(f"{folder}: the config differs from what the run was begun with:", *said, sep="\n")
     if not config.changed:
         raise ConfigError(
-            f"{folder}: the config has changed; say changed=true if that is meant, or keep it: "
-            f"python train_sac.py --config {folder / 'config.json'} output={folder} resume=true"
+            f"{folder}: the config has changed; say changed=true if that is meant, or keep it: {resume_command(folder)}"
         )
     RunLog(folder, mend=False).event("config_change_confirmed", changes=said)
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with a run as it was begun."""
+    return f"python train_sac.py --config {folder / 'config.json'} output={folder} resume=true"
 
 
 def begin_run(folder: Path, config: Any) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +19,7 @@ from conftest import LiveArm
 from so101.config import parse
 from so101.errors import ConfigError, DataError, HardwareError
 from so101.rig import ArmConfig, open_arm
+from so101.robot.bus import ServoError
 from so101.robot.calibration import Calibration, JointCalibration, load_calibration, save_calibration
 from so101.robot.kinematics import forward
 from so101.schema import JOINTS
@@ -145,6 +147,22 @@ def test_a_sweep_through_the_seam_gives_the_true_angles_and_the_second_one_wears
             position = real.read().position
             assert position[:5] == pytest.approx(arm.servos.angle[:5], abs=1.01 * 2 * np.pi / 4096)
             assert position[5] == pytest.approx(share, abs=1.01 / 1251)
+
+
+def test_a_reply_that_is_lost_ends_no_sweep_and_a_silent_arm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    person, began = Person(there=lambda: person.press()), time.monotonic()
+
+    def look() -> str:
+        if time.monotonic() - began < 0.5:
+            raise ServoError("no valid reply")
+        return "there"
+
+    assert person.run(monkeypatch, lambda: until_enter(look)) is None
+    assert set(person.getvalue().split()) == {"there"}
+    began = time.monotonic() + 100
+    with pytest.raises(ServoError, match="no valid reply"):
+        Person().run(monkeypatch, lambda: until_enter(look))
+    assert 1 < time.monotonic() - (began - 100) < 2
 
 
 def test_a_joint_that_was_not_moved_is_named_and_the_sweep_goes_on(
@@ -378,7 +396,7 @@ def test_the_ruler_finds_an_elbow_12_degrees_off(
     person = Person("goes limp", Put_the_arm=measure, Three_numbers=lambda: person.press("40.1 1 -2.1"))
     words = [f"port={live_arm.path}", f"file={path}", "test=ruler"]
     assert calibrate(person, monkeypatch, *words) == (1 if elbow_off_deg else 0)
-    assert person.getvalue().count("good") == (0 if elbow_off_deg else 3)
+    assert person.getvalue().count("good") == (0 if elbow_off_deg else 4)  # each pose, and all of them
     assert ("failed: 3 of 3 poses are more than 1.5 cm off" in person.getvalue()) == bool(elbow_off_deg)
 
 

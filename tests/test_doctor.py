@@ -269,6 +269,7 @@ def test_leader_and_follower_swapped() -> None:
     )
     third = Calibration({**mine.joints, "gripper": JointCalibration(6, 0, 5, 1000, 2500, 2000.0)})
     assert swapped(arm_with(third, mine), arm_with(other, other)) is None  # calibrated anew, but not the leader
+    assert swapped(arm_with(mine, third), arm_with(mine, mine)) is None  # simulated arms are alike; one file is wrong
 
 
 class SleepyClock(Clock):

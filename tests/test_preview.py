@@ -195,7 +195,10 @@ def test_what_was_marked_is_trained_on_and_what_a_held_out_episode_shows_is_not(
     provenance = train(made, "corrected", corrections=str(tmp_path / "queue"))
     told, report = provenance["corrections"], provenance["report"]
     assert (told["frames"], told["successes"], told["left_out"]) == (24, 24, 2)  # two of each, none of the skipped
-    assert "24 corrected frames, 24 of them success; 2 of held-out episodes are left out" in capsys.readouterr().out
+    assert (
+        "12 of 13 marks are taken along (24 frames, 24 of them success); 1 are of held-out episodes"
+        in capsys.readouterr().out
+    )
     assert report["episodes"]["held_out"] == plain["episodes"]["held_out"]
     assert report["frames"]["held_out"] == plain["frames"]["held_out"]
     assert report["frames"]["train"] == plain["frames"]["train"] + 24

@@ -20,11 +20,11 @@ import serial
 from so101.config import load
 from so101.data.dataset import open_dataset
 from so101.env import EnvConfig, straight_down_at
-from so101.rig import RigConfig, open_rig
+from so101.rig import ArmConfig, RigConfig, open_rig
 from so101.robot.arm import Arm
 from so101.robot.bus import ServoBus, ServoError
 from so101.robot.camera import Camera
-from so101.robot.kinematics import URDF_LIMITS, jaw_angle
+from so101.robot.kinematics import URDF_LIMITS, forward, jaw_angle
 from so101.robot.ports import holders
 from so101.schema import Preprocess, RewardSpec
 from so101.sim.camera import SimCamera
@@ -138,6 +138,11 @@ def test_another_process_scripts_faults_and_the_hand(start: Start) -> None:
         until(lambda: is_there(follows, 4))
         until(lambda: leads.read(1, "Present_Position") == 2071 + round(0.5 * 4096 / (2 * np.pi)))
         assert follows.read(1, "Present_Position") == 2071
+        assert server.stderr is not None
+        x, y, z = forward(np.array([0.5, *ArmConfig().rest[1:]]))[0] * 100
+        assert server.stderr.readline() == (
+            f"leader: between its fingertips a tape measures x {x - 3.9:.1f}, y {abs(y):.1f}, z {z:.1f} cm\n"
+        )
 
 
 def test_an_unplugged_adapter_comes_back_under_its_path(server: "subprocess.Popen[str]") -> None:

@@ -641,7 +641,8 @@ def what_follows_actions(episodes: Sequence[Compared], scale: float) -> Iterator
     reached = float(np.median([went / max(scale * asked, 1e-12) for went, asked in (seen.way for seen in episodes)]))
     if reached < REACHED:
         said = f"the tool goes {reached:.0%} of the way that actions of {scale:g} m ask for"
-        todo = "if an old recording was converted, say its recorder's action_scale; if not, look for what holds the arm"
+        held = "if not, something held the arm, or the edge of the workspace did"
+        todo = f"if an old recording was converted, say its recorder's action_scale; {held}"
         yield Finding("warning", "action scale", None, None, f"{said}; {todo}")
 
 

@@ -257,10 +257,12 @@ def swapped(follower: Wired, leader: Wired) -> str | None:
         states = [read_states(bus, calibration.ids) for bus, calibration in (follower, leader)]
     except ServoError:  # Arm.connect says which servo is silent, and why
         return None
-    for name, found, own, other in (("follower", states[0], follower, leader), ("leader", states[1], leader, follower)):
-        stored = {servo_id: state.stored for servo_id, state in found.items()}
-        if differences(own[1], stored) and not differences(other[1], stored):
-            return f"leader and follower seem swapped: the {name}'s port leads to the other's servos; {advice}"
+    of_follower, of_leader = ({servo_id: state.stored for servo_id, state in found.items()} for found in states)
+    own = bool(differences(follower[1], of_follower)), bool(differences(leader[1], of_leader))
+    fits = not differences(leader[1], of_follower), not differences(follower[1], of_leader)
+    if all(own) and any(fits):  # where one arm has its own file's values, the other's file alone is wrong
+        name = "follower" if fits[0] else "leader"
+        return f"leader and follower seem swapped: the {name}'s port leads to the other's servos; {advice}"
     volts = [max(state.voltage for state in found.values()) for found in states]
     if volts[0] < TWELVE_VOLT_SUPPLY < volts[1]:
         return (

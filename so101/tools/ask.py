@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from so101.errors import ConfigError, HardwareError
 from so101.rig import ArmConfig, open_arm
 from so101.robot.arm import Arm
-from so101.robot.bus import ServoBus
+from so101.robot.bus import ServoBus, ServoError
 from so101.runlog import PLAIN_LINE_EVERY, REDRAW_EVERY
 from so101.tools.release import release
 
@@ -24,6 +24,7 @@ else:
 
 
 POLL_EVERY = 0.005  # s
+SILENT_FOR = 1.0  # s; a joint that a hand moves meanwhile goes by less than the half turn that can be followed
 INPUT_ENDED = "the input ended, and a person has to press Enter here; run this in a terminal"
 
 
@@ -43,12 +44,21 @@ def make_limp(bus: ServoBus, arm: str) -> None:
 
 
 def until_enter(look: Callable[[], str]) -> None:
-    """Call `look` until the person presses Enter, and show its text, redrawn in place on a terminal."""
+    """Call `look` until the person presses Enter, and show its text, redrawn in place on a terminal.
+
+    A reply that is lost ends no work of minutes: the ServoError is raised once there was none for SILENT_FOR.
+    """
     terminal, drawn, above = sys.stdout.isatty(), -math.inf, 0
-    ended = False
+    text, ended, heard = "", False, time.monotonic()
     while not ended:
-        text, ended = look(), _typed_line() is not None
         now = time.monotonic()
+        try:
+            text, heard = look(), now
+        except ServoError:
+            if now - heard > SILENT_FOR:
+                raise
+            continue
+        ended = _typed_line() is not None
         if ended or now - drawn >= (REDRAW_EVERY if terminal else PLAIN_LINE_EVERY):
             up = f"\x1b[{above + ended}A\x1b[J" if terminal and above else ""  # Enter went one line down
             print(up + text, flush=True)

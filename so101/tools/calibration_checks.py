@@ -34,7 +34,9 @@ def ruler_test(arm: Arm) -> bool:
         failed += wrong
         rows = [["computed", *tool.round(1)], ["measured", *measured], ["difference", *off.round(1)]]
         print(table(["cm", "x", "|y|", "z"], rows), "too far off" if wrong else "good", sep="\n")
-    if failed:
+    if not failed:
+        print(f"good: all {len(POSES)} poses are where they were measured")
+    else:
         print(
             f"failed: {failed} of {len(POSES)} poses are more than {RULER_TOLERANCE_CM} cm off. Calibrate again, each "
             f"joint from stop to stop; if that does not help, a part is mounted turned against its joint"
@@ -59,6 +61,8 @@ def mirror_test(name: str, arm: Arm, other_name: str, other: Arm) -> bool:
     ]
     if apart:
         print(f"failed: the arms differ in {', '.join(apart)} degrees. Calibrate both again, from stop to stop")
+    else:
+        print(f"good: no joint is more than {MIRROR_TOLERANCE_DEG:g} degrees apart")
     return not apart
 
 

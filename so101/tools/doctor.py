@@ -98,6 +98,9 @@ def main(config: Config) -> int:
         if not config.json:
             then = f"\n{'':9}next: {finding.then}" if finding.then else ""
             print(f"{finding.level:8} {finding.what}: {finding.found}{then}", flush=True)
+    if not config.json and all(finding.level == "good" for finding in findings):
+        where = f" rig={config.rig}" if config.rig else ""
+        print(f"all is well; next: python -m so101.tools.goto{where}, which moves the arm slowly home and back")
     bad = [finding.exit_code for finding in findings if finding.level == "bad"]
     code = HARDWARE if HARDWARE in bad else next(iter(bad), EXIT_DONE)
     if config.json:

@@ -77,7 +77,10 @@ def main(config: Config) -> None:
             stack.callback(corrections.close)
             judge = Judge(classifier, dataset)
             stack.callback(judge.close)
-            page = DatasetPreview(classifier.name, dataset, spec, judge, Queue(corrections, retrain))
+            trained_on = about.provenance.get("dataset") == str(dataset.folder)
+            split = about.provenance.get("report", {}).get("episodes", {}) if trained_on else {}
+            queue = Queue(corrections, retrain)
+            page = DatasetPreview(classifier.name, dataset, spec, judge, queue, split.get("held_out", ()))
             stack.enter_context(Server(page.routes(), config.page_port)).run(config.open)
             return
         eyes = open_eyes(classifier, about.schema)

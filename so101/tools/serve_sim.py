@@ -37,6 +37,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +47,14 @@ from so101.errors import ConfigError, DataError, HardwareError, tell
 from so101.files import write_atomic
 from so101.rig import ArmConfig
 from so101.robot.calibration import save_calibration
-from so101.robot.kinematics import jaw_angle
+from so101.robot.kinematics import forward, jaw_angle
 from so101.schema import JOINTS
 from so101.sim.camera import CameraConfig, SimCamera, scene_of
 from so101.sim.script import play, read_event
 from so101.sim.servos import BAUDS, SIM_CALIBRATION, Faults, SimPort, SimServos
 from so101.sim.world import CLEAR_HEIGHT, World, WorldConfig
 from so101.timing import SUBSTEP, Clock, Rate
+from so101.tools.calibration_checks import PAN_AXIS_CM
 from so101.web.server import Request, Server, Stream, as_jpeg
 
 if os.name == "posix":
@@ -64,6 +66,7 @@ CAMERA, STREAM, BOUNDARY = "wrist", "wrist.mjpg", "frame"
 CAMERA_FPS = 30
 JPEG_QUALITY = 90
 LEFT_ALONE_S = 0.5  # s without a goal: an episode sends one every 0.1 s, a reset none while the cube is placed
+MOVED = 0.1  # s after the end of a movement, so that it is over
 OPEN = 0.3  # of the gripper's opening, from where on nothing is held
 
 
@@ -111,8 +114,11 @@ def main(config: Config) -> None:
         if table is not None:
             film = CameraStream(config, table, clock)
             server = stack.enter_context(Server({f"GET {STREAM}": film.stream}, config.port))
-            for work in (server.serve_forever, film.run):
-                threading.Thread(target=work, daemon=True).start()
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            drawing = threading.Thread(target=film.run, daemon=True)
+            drawing.start()
+            stack.callback(drawing.join, 5.0)  # OpenCV aborts a program that ends while one of its threads draws
+            stack.callback(film.close)
             stream = server.address + STREAM
             write_atomic(folder / "rig.json", json.dumps(_rig(config, folder, stream), indent=2) + "\n")
             print(stream, flush=True)
@@ -125,9 +131,20 @@ def main(config: Config) -> None:
                     if event.arm not in ports:
                         raise ConfigError("script: there is no leader; start with leader=true")
                     play(event, ports[event.arm], table.world if table is not None else None)
+                    if event.move is not None:
+                        servos = ports[event.arm].servos
+                        servos.after(
+                            event.after + (event.seconds or 0.0) + MOVED, partial(_tell_tape, event.arm, servos)
+                        )
                 except ConfigError as error:  # a slip of who types must not take the arms from who works with them
                     tell(f"{error}. Nothing was done; --help tells what a line may say")
         stop.wait()
+
+
+def _tell_tape(arm: str, servos: SimServos) -> None:
+    """Where a tape measure would find the fingertips, as tools.calibrate's test=ruler asks for it."""
+    x, y, z = 100 * forward(servos.angle)[0] - [PAN_AXIS_CM, 0, 0]
+    tell(f"{arm}: between its fingertips a tape measures x {x:.1f}, y {abs(y):.1f}, z {z:.1f} cm")
 
 
 @contextmanager
@@ -205,21 +222,27 @@ class CameraStream:
         rng = np.random.default_rng(config.seed)
         self._camera = SimCamera(config.sim_camera, lambda: table.scene, clock, rng)
         self._clock, self._changed = clock, threading.Condition()
-        self._frame, self._number, self._watchers = b"", 0, 0
+        self._frame, self._number, self._watchers, self._closed = b"", 0, 0, False
 
     def run(self) -> None:
         """The camera's thread."""
         rate = Rate(self._clock, 1 / CAMERA_FPS)
-        while True:
+        while not self._closed:
             with self._changed:
                 if not self._watchers:
-                    self._changed.wait_for(lambda: self._watchers)
+                    self._changed.wait_for(lambda: self._watchers or self._closed)
                     rate.restart()
             frame = as_jpeg(self._camera.latest()[0], JPEG_QUALITY).content
             with self._changed:
                 self._frame, self._number = frame, self._number + 1
                 self._changed.notify_all()
             rate.wait()
+
+    def close(self) -> None:
+        """Let `run` end."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def stream(self, request: Request) -> Stream:
         """What a network camera sends: one JPEG after the other, until the other end goes away."""

@@ -30,7 +30,7 @@ import numpy as np
 from so101.env import Camera, Env, Observation, Step
 from so101.errors import DataError, EpisodeAborted
 from so101.robot.sound import Cue
-from so101.robot.teleop import DROPPED, KEYS, Teleop
+from so101.robot.teleop import DROPPED, KEYS, NOTHING_HELD, Teleop
 from so101.runlog import as_number
 from so101.schema import ACTION, JOINTS, OPENING, TOOL_XYZ
 from so101.web.server import Answer, Request, Route, Server, Stream, as_jpeg, as_json, as_png, static, to_json
@@ -186,7 +186,7 @@ class LivePage:
 
     def hear(self, cue: Cue) -> None:
         """Show what the program tells the person."""
-        if cue.kind == DROPPED.kind:
+        if cue.kind == DROPPED.kind or cue == NOTHING_HELD:
             self._outcome = ""
         self.tell(cue.kind, cue.text)
 

@@ -8,7 +8,7 @@ import base64
 import json
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,8 +95,11 @@ def _about(name: str, detector: SuccessDetector, spec: Preprocess, fps: float) -
 class DatasetPreview:
     """A classifier on the episodes of a dataset, with its labels."""
 
-    def __init__(self, name: str, dataset: Dataset, spec: Preprocess, judge: Judge, queue: Queue) -> None:
-        self.name, self.spec, self.judge, self.queue = name, spec, judge, queue
+    def __init__(
+        self, name: str, dataset: Dataset, spec: Preprocess, judge: Judge, queue: Queue, held_out: Sequence[int] = ()
+    ) -> None:
+        """`held_out` are the episodes that its training judged on: a mark there is not trained on."""
+        self.name, self.spec, self.judge, self.queue, self.held_out = name, spec, judge, queue, list(held_out)
         self.page = LabelPage(dataset, spec, judge, "a preview changes no labels; label.py does")
         self._rewarded: tuple[Dataset | None, dict[int, np.ndarray | None]] = (None, {})  # what its rows say
 
@@ -116,7 +119,8 @@ class DatasetPreview:
         """What does not change."""
         dataset = self.page.dataset
         about = _about(self.name, self.judge.detector, self.spec, dataset.fps)
-        return as_json(about | {"source": str(dataset.folder), "live": False, "cameras": list(dataset.cameras)})
+        source = {"source": str(dataset.folder), "live": False, "held_out": self.held_out}
+        return as_json(about | source | {"cameras": list(dataset.cameras)})
 
     def scores(self, request: Request) -> Answer:
         """Of the frames judged so far whose success is known: what is right at the stored threshold and at another."""

@@ -461,7 +461,8 @@ async function mark() {
   $("mark").disabled = true; // until it is on the disk
   try {
     queue = await post("api/mark", { ...place, success });
-    $("said").textContent = `Queued as ${success ? "a success" : "no success"}.`;
+    const judges = about.held_out?.includes(at.episode) ? " Its episode is held out to judge by, so a training with the same reward.seed leaves it out." : "";
+    $("said").textContent = `Queued, to be learned as ${success ? "a success" : "no success"}.${judges}`;
     trouble("");
   } catch (error) {
     trouble(`Not marked: ${error.message}`);
