@@ -125,7 +125,7 @@ class Config:
     sac: SacConfig = option(
         SacConfig(batch_size=64, utd_ratio=7.5, temperature_init=0.001),
         # The number of updates is what counts here: at 64 one costs 0.62 of one at 128, and with 7.5 a step 1,500
-        # steps do what 3,000 of five did, 49, 50, 48, 50 and 46 of 50 for five seeds; 2,000 of five: 47, 39 and 49.
+        # steps do what 3,000 of five did, 49, 47, 50, 44 and 42 of 50 for five seeds; 2,000 of five: 47, 39 and 49.
         # From 0.01 the temperature takes longer to fall to what the target entropy needs than this run lasts.
         "the algorithm",
     )

@@ -106,6 +106,7 @@ def main(config: Config) -> int:
     with ExitStack() as stack:
         if config.test is None:
             return take_file(config, stack) if config.file else calibrate(config, stack)
+        _other(config)  # read before an arm goes limp
         arm = open_limp(config.arm, ArmConfig(config.port, str(_find(config))), stack)
         if config.test == "ruler":
             return int(not ruler_test(arm))
