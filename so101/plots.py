@@ -41,6 +41,7 @@ th, td {{ text-align: left; vertical-align: top; padding: 0.25em 1.5em 0.25em 0;
 th {{ font-weight: 600; }}
 td.number, th.number {{ text-align: right; }}
 td.number, td:first-child {{ white-space: nowrap; }}
+td:nth-child(2):nth-last-child(2), td:nth-child(3):last-child {{ max-width: 24em; }} /* two runs: a URL wraps */
 summary {{ cursor: pointer; }}
 pre {{ font-size: 0.85em; white-space: pre-wrap; }}
 figure {{ margin: 0 0 0.8em; break-inside: avoid; }}

@@ -459,6 +459,7 @@ def test_the_last_twenty_outcomes_are_those_of_finished_episodes_with_the_person
         (lambda: step(True, True), ("redo",), None),  # left out
         (lambda: step(True, False, "redo"), (), None),
         (lambda: [step(), page.hear(DROPPED.about("a camera was lost"))], ("success",), None),
+        (lambda: [step(), page.hear(NOTHING_HELD)], ("success",), None),
     ):
         before = list(page._outcomes)
         ends()  # type: ignore[no-untyped-call]
